@@ -1,0 +1,42 @@
+# Finds the headers of the LibTorch stable ABI, without CMake's Torch package (which wants CUDA and more).
+#   1. KVPACK_TORCH_INCLUDE (option or environment variable)
+#   2. torch of the build interpreter
+#   3. torch of the target environment: pip's build isolation is PYTHONPATH and a sitecustomize, which `-I` ignores
+# Defines TorchStable_FOUND and the targets TorchStable::headers and TorchStable::torch_cpu.
+set(TorchStable_FOUND FALSE)
+set(_probe torch/csrc/stable/library.h)
+set(_include "")
+if(NOT KVPACK_TORCH STREQUAL "OFF")
+  if(KVPACK_TORCH_INCLUDE AND EXISTS "${KVPACK_TORCH_INCLUDE}/${_probe}")
+    set(_include "${KVPACK_TORCH_INCLUDE}")
+  endif()
+  set(_find "import importlib.util as u, os; s = u.find_spec('torch'); print(os.path.join(os.path.dirname(s.origin), 'include') if s and s.origin else '')")
+  foreach(_isolated IN ITEMS "" "-I")
+    if(NOT _include)
+      execute_process(COMMAND "${Python_EXECUTABLE}" ${_isolated} -c "${_find}"
+        OUTPUT_VARIABLE _found OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+      if(_found AND EXISTS "${_found}/${_probe}")
+        set(_include "${_found}")
+      endif()
+    endif()
+  endforeach()
+  if(_include)
+    set(TorchStable_FOUND TRUE)
+    message(STATUS "kvpack: torch operator library, headers in ${_include}")
+    add_library(TorchStable::headers INTERFACE IMPORTED)
+    target_include_directories(TorchStable::headers SYSTEM INTERFACE "${_include}")
+    # torch loads its own libraries RTLD_LOCAL, so ours must name libtorch_cpu.so as needed; an empty library of that
+    # name is enough to link against.
+    set(_stub "${CMAKE_CURRENT_BINARY_DIR}/torch_stub")
+    file(WRITE "${_stub}/empty.c" "")
+    add_library(torch_cpu_stub SHARED "${_stub}/empty.c")
+    set_target_properties(torch_cpu_stub PROPERTIES OUTPUT_NAME torch_cpu LIBRARY_OUTPUT_DIRECTORY "${_stub}")
+    add_library(TorchStable::torch_cpu INTERFACE IMPORTED)
+    target_link_libraries(TorchStable::torch_cpu INTERFACE torch_cpu_stub)
+    target_link_options(TorchStable::torch_cpu INTERFACE "LINKER:--no-as-needed")
+  elseif(KVPACK_TORCH STREQUAL "ON")
+    message(FATAL_ERROR "KVPACK_TORCH=ON, but no torch headers: install torch first or set KVPACK_TORCH_INCLUDE")
+  else()
+    message(STATUS "kvpack: torch not found, building without the operator library")
+  endif()
+endif()

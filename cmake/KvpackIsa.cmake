@@ -1,0 +1,26 @@
+# The only place where warning flags and instruction-set flags are handed out.
+
+function(kvpack_warnings target)
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Werror)
+endfunction()
+
+# kvpack_add_isa(name flags...): compiles csrc/isa/<name>.cpp with those flags, and nothing else with them. In test
+# builds, a test fails when the object exports a weak symbol: the linker could pick it for a machine without the ISA.
+function(kvpack_add_isa name)
+  add_library(isa_${name} OBJECT csrc/isa/${name}.cpp)
+  target_include_directories(isa_${name} PRIVATE csrc)
+  target_compile_options(isa_${name} PRIVATE ${ARGN} -O3 -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti)
+  kvpack_warnings(isa_${name})
+  if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+    # False alarms inside the AVX-512 headers of GCC 12.
+    target_compile_options(isa_${name} PRIVATE -Wno-uninitialized -Wno-maybe-uninitialized)
+  endif()
+  if(KVPACK_SANITIZE)
+    # ASan and UBSan both emit weak helpers; the weak-symbol test belongs to ordinary builds.
+    target_compile_options(isa_${name} PRIVATE -fsanitize=address,undefined -fno-sanitize-recover=all)
+  elseif(KVPACK_TESTS)
+    add_test(NAME isa_${name}_has_no_weak_symbols
+      COMMAND sh -c "! ${CMAKE_NM} -C --defined-only '$<TARGET_OBJECTS:isa_${name}>' | grep -E ' [WVu] '")
+  endif()
+  target_sources(kvpack_core PRIVATE $<TARGET_OBJECTS:isa_${name}>)
+endfunction()

@@ -1,0 +1,15 @@
+// Every codec family. A new family adds its header here and its line to codecs.def.
+#pragma once
+#include "codecs/affine.h"
+#include "codecs/exact.h"
+#include "codecs/lloyd_max.h"
+
+namespace kvpack {
+
+constexpr int32_t kCodecs = 0
+#define KVPACK_CODEC(id, name, Traits, what, source) +1
+#include "codecs/codecs.def"
+#undef KVPACK_CODEC
+    ;
+
+}  // namespace kvpack

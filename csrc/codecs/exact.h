@@ -1,0 +1,15 @@
+// The identity codec: tiles hold the model's elements. It exists so that the packed path can be held against the
+// stock cache bit for bit, and so that "how much faster than exact" is measured in our own best exact kernel.
+#pragma once
+#include "codecs/traits.h"
+
+namespace kvpack {
+
+struct Exact {
+  static constexpr int32_t kBits = 0, kScaleBlock = 0;
+  static constexpr bool kRotated = false;
+  static constexpr double kUnit = 0.0;
+  static constexpr LevelTable kLevels{};
+};
+
+}  // namespace kvpack

@@ -1,0 +1,288 @@
+// Orchestration of attend: who works on what, in which order, and how the parts come together.
+//
+// A work item is (batch row, KV head, block of query rows, range of tiles). For every tile it runs, for groups of up
+// to four query rows, score -> mask -> softmax -> accumulate through the kernel table, so any key codec goes with any
+// value codec. The item with the last range also takes sinks and exact tokens. Items leave (max, sum, output) per row,
+// and a second pass merges the ranges by log-sum-exp, rotates back, and stores. The split depends on the shapes only:
+// results are the same on any number of threads.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "core/attend_mask.h"
+#include "core/fp_control.h"
+#include "kernels/table.h"
+#include "kvpack/attend.h"
+#include "kvpack/isa.h"
+
+namespace kvpack {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341F;
+constexpr size_t align_up(size_t n) { return (n + 63) & ~size_t{63}; }
+
+struct Plan {
+  const AttendParams& p;
+  RecordLayout record;
+  CodecInfo key, value;
+  int64_t group, rows, block_rows, row_blocks, chunks, chunk_tiles;
+  int64_t packed = 0;  // tokens in tiles
+  int32_t out_width;  // floats per row of output: coded part, then plain part where the value codec is rotated
+  size_t query_bytes, rotated_bytes, level_bytes, state_bytes, out_bytes;
+
+  explicit Plan(const AttendParams& params)
+      : p(params),
+        record{layout_of(p.key_codec, p.key_dim, Side::key), layout_of(p.value_codec, p.value_dim, Side::value)},
+        key(codecs()[static_cast<size_t>(CodecCode::unpack(p.key_codec).id)]),
+        value(codecs()[static_cast<size_t>(CodecCode::unpack(p.value_codec).id)]) {
+    if (p.kv_heads <= 0 || p.query_heads % p.kv_heads != 0)
+      throw std::invalid_argument("attend: " + std::to_string(p.query_heads) + " query heads are not a multiple of " +
+                                  std::to_string(p.kv_heads) + " KV heads");
+    group = p.query_heads / p.kv_heads;
+    for (int64_t t = 0; t < p.tiles; ++t) packed += p.counts[t];
+    rows = group * p.query_tokens;
+    block_rows = rows < kRowBlock ? rows : kRowBlock;
+    row_blocks = block_rows == 0 ? 0 : (rows + block_rows - 1) / block_rows;
+    const bool split = p.batch * p.kv_heads * row_blocks < kEnoughItems && p.tiles > kChunkTiles;
+    chunks = split ? (p.tiles + kChunkTiles - 1) / kChunkTiles : 1;
+    chunk_tiles = split ? kChunkTiles : p.tiles;
+    out_width = static_cast<int32_t>(value.rotated ? 2 * p.value_dim : p.value_dim);
+    const auto n = static_cast<size_t>(block_rows), d = static_cast<size_t>(p.key_dim);
+    query_bytes = align_up(n * d * 4);
+    rotated_bytes = align_up(static_cast<size_t>(kMaxHeadDim) * 4);
+    level_bytes = n * sizeof(QueryRow);
+    state_bytes = align_up(n * sizeof(SoftmaxRow));
+    out_bytes = align_up(n * static_cast<size_t>(out_width) * 4);
+  }
+  int64_t blocks() const { return p.batch * p.kv_heads * row_blocks; }
+  int64_t items() const { return blocks() * chunks; }
+  size_t item_bytes() const { return query_bytes + rotated_bytes + level_bytes + state_bytes + out_bytes; }
+};
+
+// The scratch of one item.
+struct Scratch {
+  float* query;
+  float* rotated;
+  QueryRow* levels;
+  SoftmaxRow* state;
+  float* out;
+  Scratch(const Plan& plan, uint8_t* workspace, int64_t item) {
+    uint8_t* at = workspace + static_cast<size_t>(item) * plan.item_bytes();
+    query = reinterpret_cast<float*>(at);
+    rotated = reinterpret_cast<float*>(at += plan.query_bytes);
+    levels = reinterpret_cast<QueryRow*>(at += plan.rotated_bytes);
+    state = reinterpret_cast<SoftmaxRow*>(at += plan.level_bytes);
+    out = reinterpret_cast<float*>(at + plan.state_bytes);
+  }
+};
+
+struct Item {
+  const Plan& plan;
+  const AttendParams& p;
+  const KernelTable& k;
+  Scratch s;
+  int64_t batch, head, chunk, first_row, n_rows;
+  CodecCode key_code, value_code;
+  MaskRows mask;
+
+  Item(const Plan& pl, const KernelTable& table, uint8_t* workspace, int64_t index)
+      : plan(pl), p(pl.p), k(table), s(pl, workspace, index), key_code(CodecCode::unpack(p.key_codec)),
+        value_code(CodecCode::unpack(p.value_codec)), mask(pl.p, pl.packed) {
+    chunk = index % plan.chunks;
+    const int64_t block = index / plan.chunks;
+    first_row = block % plan.row_blocks * plan.block_rows;
+    head = block / plan.row_blocks % p.kv_heads;
+    batch = block / plan.row_blocks / p.kv_heads;
+    n_rows = plan.rows - first_row < plan.block_rows ? plan.rows - first_row : plan.block_rows;
+  }
+
+  int64_t query_head(int64_t row) const { return head * plan.group + (first_row + row) / p.query_tokens; }
+  int64_t query_token(int64_t row) const { return (first_row + row) % p.query_tokens; }
+
+  void prepare_queries() {
+    const auto d = static_cast<int32_t>(p.key_dim);
+    for (int64_t r = 0; r < n_rows; ++r) {
+      float* q = s.query + r * d;
+      load_row(p.query.data + batch * p.query.batch + query_head(r) * p.query.head + query_token(r) * p.query.token, p.dtype, d, q);
+      for (int32_t i = 0; i < d; ++i) q[i] *= p.scale * kLog2e;
+      if (plan.key.bits != 0 && p.tiles > 0) {
+        const float* from = q;
+        if (plan.key.rotated) {
+          std::memcpy(s.rotated, q, static_cast<size_t>(d) * 4);
+          k.rotate(s.rotated, 1, d, rotation_signs(d), false);
+          from = s.rotated;
+        }
+        k.quantize_query({from, d, plan.key.scale_block, s.levels + r});
+      }
+      s.state[r] = {-std::numeric_limits<float>::infinity(), 0.0F};
+    }
+    std::memset(s.out, 0, static_cast<size_t>(n_rows) * static_cast<size_t>(plan.out_width) * 4);
+  }
+
+  const uint8_t* tile(int64_t t) const {
+    const auto page = static_cast<uintptr_t>(p.table[batch * p.table_stride + t / kPageTiles]);
+    return reinterpret_cast<const uint8_t*>(page) + static_cast<size_t>(head * kPageTiles + t % kPageTiles) * plan.record.bytes();
+  }
+
+  // After score: soft cap, mask, one step of softmax. `tokens` scores are real, the rest of the 64 is not.
+  void weigh(float* scores, int64_t row, int32_t group, const KeyRun& run, const uint8_t* ahead, int32_t ahead_lines) {
+    if (p.softcap > 0.0F) k.softcap(scores, group * kTile, p.softcap);
+    for (int32_t g = 0; g < group; ++g)
+      mask.apply(scores + g * kTile, batch, query_head(row + g), query_token(row + g), run);
+    k.softmax({scores, s.state + row, s.out + row * plan.out_width, ahead, ahead_lines, group, plan.out_width});
+  }
+
+  void tiles(int64_t begin, int64_t end) {
+    alignas(64) float scores[kMaxGroup * kTile];
+    const int32_t levels = p.precision == Precision::high ? 2 : 1;
+    const int64_t distance = plan.record.bytes() >= 4096 ? 1 : 2;
+    const auto dk = static_cast<int32_t>(p.key_dim), dv = static_cast<int32_t>(p.value_dim);
+    int64_t start = 0;
+    for (int64_t t = 0; t < begin; ++t) start += p.counts[t];
+    for (int64_t t = begin; t < end; ++t) {
+      const uint8_t* record = tile(t);
+      const uint8_t* coming = tile(t + distance < p.tiles ? t + distance : t);
+      const auto section = [&](const uint8_t* base, size_t codes, size_t scales) {
+        return ConstTileSide{base + codes, reinterpret_cast<const uint16_t*>(base + scales)};
+      };
+      const ConstTileSide key = section(record, plan.record.key_codes(), plan.record.key_scales());
+      const ConstTileSide value = section(record, plan.record.value_codes(), plan.record.value_scales());
+      for (int64_t row = 0; row < n_rows; row += kMaxGroup) {
+        const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
+        const uint8_t* ahead = row == 0 ? coming : record;
+        const ScoreArgs score{s.levels + row, s.query + row * dk, key, ahead + plan.record.key_codes(), scores, dk, levels};
+        if (plan.key.bits == 0)
+          k.exact_score[static_cast<int>(key_code.dtype)][group - 1](score);
+        else
+          k.score[key_code.id][group - 1](score);
+        weigh(scores, row, group, {start, p.counts[t], KeyRun::Kind::stream}, ahead,
+              static_cast<int32_t>(plan.record.key_codes() / kLine));
+        float* out = s.out + row * plan.out_width;
+        if (plan.value.bits == 0) {
+          const ptrdiff_t stride = static_cast<ptrdiff_t>(dv) * dtype_bytes(value_code.dtype);
+          k.dense_accumulate[static_cast<int>(value_code.dtype)](
+              {value.codes, stride, nullptr, scores, ahead + plan.record.value_codes(), out, plan.out_width, dv, kTile, group});
+        } else {
+          k.accumulate[value_code.id][group - 1](
+              {scores, value, ahead + plan.record.value_codes(), out, plan.out_width, dv, levels, static_cast<int32_t>(t * 5 % kTile)});
+        }
+      }
+      start += p.counts[t];
+    }
+  }
+
+  // Sinks or exact tokens, blocks of 64 rows of elements.
+  void dense(const Strided& keys, const Strided& values, int64_t tokens, int64_t start, KeyRun::Kind kind) {
+    alignas(64) float scores[kMaxGroup * kTile];
+    const auto dk = static_cast<int32_t>(p.key_dim), dv = static_cast<int32_t>(p.value_dim);
+    const int type = static_cast<int>(p.dtype);
+    for (int64_t t = 0; t < tokens; t += kTile) {
+      const auto n = static_cast<int32_t>(tokens - t < kTile ? tokens - t : kTile);
+      const uint8_t* key = keys.data + batch * keys.batch + head * keys.head + t * keys.token;
+      const uint8_t* value = values.data + batch * values.batch + head * values.head + t * values.token;
+      for (int64_t row = 0; row < n_rows; row += kMaxGroup) {
+        const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
+        k.dense_score[type]({key, keys.token, s.query + row * dk, scores, nullptr, nullptr, 0, dk, n, group});
+        weigh(scores, row, group, {start + t, n, kind}, nullptr, 0);
+        float* out = s.out + row * plan.out_width + (plan.out_width - dv);
+        k.dense_accumulate[type]({value, values.token, nullptr, scores, nullptr, out, plan.out_width, dv, n, group});
+      }
+    }
+  }
+
+  void run() {
+    const FpControl flush(FpControl::Mode::flush);
+    prepare_queries();
+    const int64_t begin = chunk * plan.chunk_tiles;
+    tiles(begin, begin + plan.chunk_tiles < p.tiles ? begin + plan.chunk_tiles : p.tiles);
+    if (chunk == plan.chunks - 1) {
+      dense(p.sink_keys, p.sink_values, p.sinks, 0, KeyRun::Kind::sinks);
+      dense(p.keys, p.values, p.exact, plan.packed, KeyRun::Kind::exact);
+    }
+  }
+};
+
+// Merges the ranges of one block of query rows, rotates back, stores.
+void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t block) {
+  const FpControl flush(FpControl::Mode::flush);
+  const AttendParams& p = plan.p;
+  const Item first(plan, k, workspace, block * plan.chunks);
+  const auto dv = static_cast<int32_t>(p.value_dim);
+  alignas(64) float sum[2 * kMaxHeadDim];
+  for (int64_t r = 0; r < first.n_rows; ++r) {
+    float max = -std::numeric_limits<float>::infinity(), total = 0.0F;
+    const int64_t head = first.query_head(r);
+    const float sink = p.sink_logits != nullptr ? p.sink_logits[head] * kLog2e : max;
+    for (int64_t c = 0; c < plan.chunks; ++c) max = std::fmax(max, Scratch(plan, workspace, block * plan.chunks + c).state[r].max);
+    max = std::fmax(max, sink);
+    std::memset(sum, 0, sizeof sum);
+    const bool any = max > -std::numeric_limits<float>::infinity();
+    for (int64_t c = 0; any && c < plan.chunks; ++c) {
+      const Scratch part(plan, workspace, block * plan.chunks + c);
+      const float weight = std::exp2(part.state[r].max - max);
+      const float* out = part.out + r * plan.out_width;
+      if (weight == 0.0F) continue;
+      total += weight * part.state[r].sum;
+      for (int32_t i = 0; i < plan.out_width; ++i) sum[i] += weight * out[i];
+    }
+    if (any) total += std::exp2(sink - max);
+    if (plan.value.rotated && any) {
+      k.rotate(sum, 1, dv, rotation_signs(dv), true);
+      for (int32_t i = 0; i < dv; ++i) sum[i] += sum[dv + i];
+    }
+    const float inverse = total > 0.0F ? 1.0F / total : 0.0F;
+    for (int32_t i = 0; i < dv; ++i) sum[i] *= inverse;
+    const int64_t at = ((first.batch * p.query_heads + head) * p.query_tokens + first.query_token(r)) * dv;
+    store_row(sum, p.dtype, dv, p.out + at * dtype_bytes(p.dtype));
+  }
+}
+
+void check(const Plan& plan) {
+  const AttendParams& p = plan.p;
+  for (int64_t t = 0; t < p.tiles; ++t)
+    if (p.counts[t] < 1 || p.counts[t] > kTile)
+      throw std::invalid_argument("attend: tile " + std::to_string(t) + " counts " + std::to_string(p.counts[t]) + " tokens; allowed: 1..64");
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t i = 0; i * kPageTiles < p.tiles; ++i) {
+      const int64_t page = p.table[b * p.table_stride + i];
+      if (page == 0 || page % kLine != 0)
+        throw std::invalid_argument("attend: page " + std::to_string(i) + " of row " + std::to_string(b) + " has no 64-byte aligned address");
+    }
+}
+
+struct Call {
+  const Plan& plan;
+  const KernelTable& k;
+  uint8_t* workspace;
+};
+
+}  // namespace
+
+size_t attend_workspace(const AttendParams& p) {
+  const Plan plan(p);
+  return static_cast<size_t>(plan.items()) * plan.item_bytes();
+}
+
+void attend(const AttendParams& p, uint8_t* workspace, ParallelFor parallel) {
+  const Plan plan(p);
+  check(plan);
+  const Call call{plan, kernels(), workspace};
+  parallel(
+      plan.items(),
+      [](void* context, int64_t i) {
+        const Call& c = *static_cast<const Call*>(context);
+        Item(c.plan, c.k, c.workspace, i).run();
+      },
+      const_cast<Call*>(&call));
+  parallel(
+      plan.blocks(),
+      [](void* context, int64_t i) {
+        const Call& c = *static_cast<const Call*>(context);
+        merge(c.plan, c.k, c.workspace, i);
+      },
+      const_cast<Call*>(&call));
+}
+
+}  // namespace kvpack

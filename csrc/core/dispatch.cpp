@@ -1,0 +1,84 @@
+// Picks the kernel table: once at load from the machine and KVPACK_ISA, later by isa_use().
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernels/table.h"
+#include "kvpack/isa.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace kvpack {
+
+extern const KernelTable kTable_scalar;
+#ifdef KVPACK_X86
+extern const KernelTable kTable_avx2, kTable_avx512_vnni, kTable_avx512_vbmi;
+#endif
+#ifdef KVPACK_ARM
+extern const KernelTable kTable_neon, kTable_neon_dotprod;
+#endif
+
+namespace {
+
+std::vector<const KernelTable*> detect() {
+  std::vector<const KernelTable*> tables{&kTable_scalar};
+#ifdef KVPACK_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kTable_avx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+    tables.push_back(&kTable_avx512_vnni);
+    if (__builtin_cpu_supports("avx512vbmi")) tables.push_back(&kTable_avx512_vbmi);
+  }
+#endif
+#ifdef KVPACK_ARM
+  tables.push_back(&kTable_neon);
+#ifdef __linux__
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) tables.push_back(&kTable_neon_dotprod);
+#elif defined(__APPLE__)
+  tables.push_back(&kTable_neon_dotprod);
+#endif
+#endif
+  return tables;
+}
+
+const std::vector<const KernelTable*>& tables() {
+  static const std::vector<const KernelTable*> all = detect();
+  return all;
+}
+
+const KernelTable* find(const std::string& name) {
+  std::string known;
+  for (const KernelTable* t : tables()) {
+    if (name == t->name) return t;
+    known += (known.empty() ? "" : ", ") + std::string(t->name);
+  }
+  throw std::invalid_argument("ISA level '" + name + "' is not available here; available: " + known);
+}
+
+const KernelTable* initial() {
+  const char* pinned = std::getenv("KVPACK_ISA");
+  return pinned != nullptr && *pinned != '\0' ? find(pinned) : tables().back();
+}
+
+std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> table{initial()};
+  return table;
+}
+
+}  // namespace
+
+std::vector<std::string> isa_available() {
+  std::vector<std::string> names;
+  for (const KernelTable* t : tables()) names.emplace_back(t->name);
+  return names;
+}
+
+std::string isa_active() { return kernels().name; }
+void isa_use(const std::string& name) { active().store(find(name), std::memory_order_relaxed); }
+const KernelTable& kernels() { return *active().load(std::memory_order_relaxed); }
+
+}  // namespace kvpack

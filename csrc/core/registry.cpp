@@ -1,0 +1,38 @@
+// The registry: codecs.def as data, and the checks that every entry point shares.
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "codecs/all.h"
+#include "kvpack/codec.h"
+
+namespace kvpack {
+namespace {
+
+constexpr std::array<CodecInfo, kCodecs> kInfo{{
+#define KVPACK_CODEC(id, name, Traits, what, source) \
+  {id, #name, Traits::kBits, Traits::kRotated, Traits::kScaleBlock, what, source},
+#include "codecs/codecs.def"
+#undef KVPACK_CODEC
+}};
+
+// Head sizes: 2^a times an order with a Hadamard matrix. This release carries the powers of two in this range.
+constexpr bool head_dim_supported(int64_t d) { return d == 64 || d == 128 || d == 256; }
+
+}  // namespace
+
+std::span<const CodecInfo> codecs() { return kInfo; }
+
+SideLayout layout_of(int64_t codec, int64_t head_dim, Side side) {
+  const CodecCode code = CodecCode::unpack(codec);
+  if (codec < 0 || codec >> 24 != 0 || code.id >= kCodecs || static_cast<int32_t>(code.rule) > 3 || static_cast<int32_t>(code.dtype) > 2)
+    throw std::invalid_argument("codec code " + std::to_string(codec) + " is not one of id (0.." + std::to_string(kCodecs - 1) +
+                                ") | rule (0..3) << 8 | dtype (0..2) << 16");
+  if (!head_dim_supported(head_dim))
+    throw std::invalid_argument("head_dim " + std::to_string(head_dim) + " is not supported; allowed: 64, 128, 256");
+  const CodecInfo& info = kInfo[static_cast<size_t>(code.id)];
+  const auto d = static_cast<int32_t>(head_dim);
+  return side_layout(info.bits, scale_blocks(info.scale_block, info.bits, d), d, side, code.dtype);
+}
+
+}  // namespace kvpack

@@ -1,0 +1,147 @@
+// Encode and decode of one side of one tile: gathers rows, calls the kernel of the codec, words the errors.
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "core/fp_control.h"
+#include "kernels/table.h"
+#include "kvpack/codec.h"
+#include "kvpack/isa.h"
+#include "simd/half.h"
+
+namespace kvpack {
+
+void serial_for(int64_t n, void (*body)(void*, int64_t), void* context) {
+  for (int64_t i = 0; i < n; ++i) body(context, i);
+}
+
+void load_row(const uint8_t* from, Dtype dtype, int32_t n, float* to) {
+  if (dtype == Dtype::f32) {
+    std::memcpy(to, from, static_cast<size_t>(n) * 4);
+    return;
+  }
+  for (int32_t i = 0; i < n; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, from + 2 * i, 2);
+    to[i] = dtype == Dtype::f16 ? half_to_float(bits) : bfloat_to_float(bits);
+  }
+}
+
+void store_row(const float* from, Dtype dtype, int32_t n, uint8_t* to) {
+  if (dtype == Dtype::f32) {
+    std::memcpy(to, from, static_cast<size_t>(n) * 4);
+    return;
+  }
+  for (int32_t i = 0; i < n; ++i) {
+    const uint16_t bits = dtype == Dtype::f16 ? float_to_half(from[i]) : float_to_bfloat(from[i]);
+    std::memcpy(to + 2 * i, &bits, 2);
+  }
+}
+
+namespace {
+
+struct Scratch {
+  alignas(64) float x[kTile * kMaxHeadDim];
+  alignas(64) uint8_t codes[kTile * kMaxHeadDim];
+};
+
+// `exact` keeps elements: keys dim by dim (64 tokens side by side), values token by token.
+template <class Element>
+void exact_keys(const uint8_t* rows, ptrdiff_t stride, int32_t tokens, int32_t d, uint8_t* out) {
+  for (int32_t t = 0; t < kTile; ++t)
+    for (int32_t i = 0; i < d; ++i) {
+      Element e{};
+      if (t < tokens) std::memcpy(&e, rows + t * stride + static_cast<ptrdiff_t>(i) * static_cast<ptrdiff_t>(sizeof e), sizeof e);
+      std::memcpy(out + (static_cast<size_t>(i) * kTile + static_cast<size_t>(t)) * sizeof e, &e, sizeof e);
+    }
+}
+
+template <class Element>
+void exact_key_row(const uint8_t* tile, int32_t token, int32_t d, uint8_t* out) {
+  for (int32_t i = 0; i < d; ++i)
+    std::memcpy(out + static_cast<size_t>(i) * sizeof(Element),
+                tile + (static_cast<size_t>(i) * kTile + static_cast<size_t>(token)) * sizeof(Element), sizeof(Element));
+}
+
+void check_finite(const Vectors& x, int32_t tokens, int32_t d, Side side, int64_t first_token) {
+  float row[kMaxHeadDim];
+  for (int32_t t = 0; t < tokens; ++t) {
+    load_row(x.data + t * x.stride, x.dtype, d, row);
+    float check = 0.0F;
+    for (int32_t i = 0; i < d; ++i) check += row[i] * 0.0F;
+    if (check != 0.0F)
+      throw std::invalid_argument("NaN or Inf in the " + std::string(side == Side::key ? "key" : "value") + " of token " +
+                                  std::to_string(first_token + t) + " (KVPACK_NONFINITE=zero replaces and counts)");
+  }
+}
+
+void encode_exact(const Vectors& x, int32_t tokens, CodecCode code, int32_t d, Side side, TileSide out, int64_t first_token) {
+  if (x.dtype != code.dtype) throw std::invalid_argument("codec exact: the tile's dtype and the dtype of the input differ");
+  check_finite(x, tokens, d, side, first_token);
+  const size_t row_bytes = static_cast<size_t>(d) * static_cast<size_t>(dtype_bytes(code.dtype));
+  if (side == Side::key) {
+    if (code.dtype == Dtype::f32)
+      exact_keys<uint32_t>(x.data, x.stride, tokens, d, out.codes);
+    else
+      exact_keys<uint16_t>(x.data, x.stride, tokens, d, out.codes);
+    return;
+  }
+  for (int32_t t = 0; t < tokens; ++t) std::memcpy(out.codes + static_cast<size_t>(t) * row_bytes, x.data + t * x.stride, row_bytes);
+  std::memset(out.codes + static_cast<size_t>(tokens) * row_bytes, 0, static_cast<size_t>(kTile - tokens) * row_bytes);
+}
+
+[[noreturn]] void throw_status(int32_t status, CodecCode code, Side side, int64_t first_token) {
+  const std::string name = side == Side::key ? "key" : "value";
+  const std::string token = std::to_string(first_token + (status > 0 ? status : -status) - 1);
+  if (status > 0)
+    throw std::invalid_argument("NaN or Inf in the " + name + " of token " + token + " (KVPACK_NONFINITE=zero replaces and counts)");
+  throw std::invalid_argument("the fp16 scale of the " + name + " of token " + token + " overflows (codec " +
+                              std::string(codecs()[static_cast<size_t>(code.id)].name) + "): the vector's norm is too large");
+}
+
+}  // namespace
+
+void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out, int64_t first_token) {
+  const CodecCode code = CodecCode::unpack(codec);
+  const FpControl ieee(FpControl::Mode::ieee);
+  const KernelTable& k = kernels();
+  if (k.encode[code.id] == nullptr) return encode_exact(x, tokens, code, head_dim, side, out, first_token);
+  Scratch s;
+  for (int32_t t = 0; t < tokens; ++t) load_row(x.data + t * x.stride, x.dtype, head_dim, s.x + t * head_dim);
+  std::memset(s.x + tokens * head_dim, 0, static_cast<size_t>(kTile - tokens) * static_cast<size_t>(head_dim) * 4);
+  const int32_t status = k.encode[code.id]({s.x, out, s.codes, rotation_signs(head_dim), head_dim, side, code.rule});
+  if (status != 0) throw_status(status, code, side, first_token);
+}
+
+void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side, int32_t tokens, uint8_t* out, Dtype dtype, ptrdiff_t stride) {
+  const CodecCode code = CodecCode::unpack(codec);
+  const KernelTable& k = kernels();
+  if (k.decode[code.id] != nullptr) {
+    const FpControl ieee(FpControl::Mode::ieee);
+    Scratch s;
+    k.decode[code.id]({tile, s.x, s.codes, rotation_signs(head_dim), head_dim, side});
+    for (int32_t t = 0; t < tokens; ++t) store_row(s.x + t * head_dim, dtype, head_dim, out + t * stride);
+    return;
+  }
+  const size_t row_bytes = static_cast<size_t>(head_dim) * static_cast<size_t>(dtype_bytes(code.dtype));
+  alignas(64) uint8_t row[kMaxHeadDim * 4];
+  float wide[kMaxHeadDim];
+  for (int32_t t = 0; t < tokens; ++t) {
+    const uint8_t* from = tile.codes + static_cast<size_t>(t) * row_bytes;
+    if (side == Side::key) {
+      if (code.dtype == Dtype::f32)
+        exact_key_row<uint32_t>(tile.codes, t, head_dim, row);
+      else
+        exact_key_row<uint16_t>(tile.codes, t, head_dim, row);
+      from = row;
+    }
+    if (dtype == code.dtype) {
+      std::memcpy(out + t * stride, from, row_bytes);
+    } else {
+      load_row(from, code.dtype, head_dim, wide);
+      store_row(wide, dtype, head_dim, out + t * stride);
+    }
+  }
+}
+
+}  // namespace kvpack

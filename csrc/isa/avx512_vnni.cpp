@@ -1,0 +1,8 @@
+// ISA unit "avx512_vnni": the only code compiled with its flags. Everything but the table is in anonymous namespaces.
+#include "kernels/emit.inl.h"
+#include "simd/avx512_vnni.h"
+
+namespace kvpack {
+extern const KernelTable kTable_avx512_vnni;
+const KernelTable kTable_avx512_vnni = emit<Avx512Vnni>("avx512_vnni");
+}  // namespace kvpack

@@ -1,0 +1,8 @@
+// ISA unit "neon": the only code compiled with its flags. Everything but the table is in anonymous namespaces.
+#include "kernels/emit.inl.h"
+#include "simd/neon.h"
+
+namespace kvpack {
+extern const KernelTable kTable_neon;
+const KernelTable kTable_neon = emit<Neon>("neon");
+}  // namespace kvpack

@@ -1,0 +1,129 @@
+// accumulate: outputs of a group of rows += probabilities x decoded values of a tile, in integers.
+//
+// Lanes are dims and depths are tokens, so the loop is the one of score: every level vector (16 dims x 4 tokens on
+// 512 bits) meets the broadcast dword of 4 quantized probabilities of every row. The token scale is folded into the
+// probability before it is quantized, per row and scale block.
+//
+// Probabilities: one byte with a fixed dither (floor(x + u_token)): plain rounding drops a coherent tail below half a
+// step and doubles the error of a spiky tile. Precision "high": two bytes, no dither.
+//
+// Overflow: |acc| <= 64 tokens * 255 * 128 = 2.1e6 < 2^31; with two bytes each plane keeps that bound.
+#pragma once
+#include "kernels/blocking.inl.h"
+#include "kernels/table.h"
+#include "kernels/unpack.inl.h"
+
+namespace {
+
+// u_token = a permutation of (i + 1/2)/64, twice over so that a tile may start anywhere in it.
+struct Dither {
+  float u[2 * kvpack::kTile];
+  constexpr Dither() : u{} {
+    for (int i = 0; i < 2 * kvpack::kTile; ++i) u[i] = (static_cast<float>((i * 37) & 63) + 0.5F) / 64.0F;
+  }
+};
+constexpr Dither kDither{};
+
+// Quantizes probs[64] * scales[64] into 16 operands per plane; returns what a unit of the integer sum is worth.
+template <class S, bool High>
+float quantize_probs(const float* probs, const uint16_t* scales, int dither, int32_t* first, int32_t* second) {
+  using namespace kvpack;
+  using F = typename S::F;
+  constexpr int kVectors = kTile / S::kLanes, kBase = S::kProbMax + 1;
+  F x[kVectors];
+  F top = S::set1(1e-30F);
+  for (int v = 0; v < kVectors; ++v) {
+    const F scale = S::template load_element<Dtype::f16>(reinterpret_cast<const uint8_t*>(scales + v * S::kLanes));
+    x[v] = S::mul(S::load(probs + v * S::kLanes), scale);
+    top = S::max(top, x[v]);
+  }
+  const float max = S::reduce_max(top);
+  constexpr float kSteps = High ? static_cast<float>(kBase * kBase - 1) : static_cast<float>(S::kProbMax - 1);
+  const F to_steps = S::set1(kSteps / max);
+  alignas(64) uint8_t byte[2][kTile];
+  for (int v = 0; v < kVectors; ++v) {
+    const F steps = S::mul(x[v], to_steps);
+    if constexpr (High) {
+      const F whole = S::min(S::round_even(steps), S::set1(kSteps));
+      const F upper = S::truncate(S::mul(whole, S::set1(1.0F / kBase)));
+      S::store_low_bytes(byte[0] + v * S::kLanes, upper);
+      S::store_low_bytes(byte[1] + v * S::kLanes, S::fma(upper, S::set1(-static_cast<float>(kBase)), whole));
+    } else {
+      S::store_low_bytes(byte[0] + v * S::kLanes, S::add(steps, S::load(kDither.u + dither + v * S::kLanes)));
+    }
+  }
+  for (int i = 0; i < kTile / 4; ++i) {
+    S::template pack_operand<Side::value>(byte[0] + 4 * i, first + i * S::kOperandDwords);
+    if constexpr (High) S::template pack_operand<Side::value>(byte[1] + 4 * i, second + i * S::kOperandDwords);
+  }
+  return max / kSteps;
+}
+
+template <class S, class Codec, int G, bool High>
+void accumulate_planes(const kvpack::AccumulateArgs& a) {
+  using namespace kvpack;
+  using I = typename S::I;
+  constexpr int kInFlight = vectors_in_flight<S>(G), kPerBlock = 16 / S::kLanes, kPlanes = High ? 2 : 1;
+  constexpr int kOperands = kTile / 4 * S::kOperandDwords;
+  // Vectors in flight must not straddle scale blocks: they share one operand.
+  static_assert(Codec::kScaleBlock == 0 || Codec::kScaleBlock == 32);
+  constexpr int kStep = Codec::kScaleBlock == 0 ? kInFlight : (kInFlight * S::kLanes > 32 ? 32 / S::kLanes : kInFlight);
+  const Unpacker<S, Codec, Side::value> unpack;
+  constexpr int kDwords = decltype(unpack)::kDwords, kLines = decltype(unpack)::kLines;
+  const CodeGrid grid{Codec::kBits, a.head_dim, kTile};
+  const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
+  alignas(64) int32_t operand[kPlanes][G][kOperands];
+  float worth[G];
+  int ready = -1;
+  for (int sb = 0; sb < grid.superblocks(); ++sb) {
+    const uint8_t* base = a.tile.codes + grid.line(sb, 0, 0);
+    const int lane_blocks = grid.lane_blocks(sb), vectors = lane_blocks * kPerBlock;
+    for (int v0 = 0; v0 < vectors; v0 += kStep) {
+      const int block = blocks == 1 ? 0 : (sb * 64 + v0 * S::kLanes) / 32;
+      if (block != ready) {
+        for (int g = 0; g < G; ++g)
+          worth[g] = quantize_probs<S, High>(a.probs + g * kTile, a.tile.scales + block * kTile, a.dither, operand[0][g],
+                                             operand[kPlanes - 1][g]);
+        ready = block;
+      }
+      I acc[kPlanes][G][kStep];
+      for (int n = 0; n < kPlanes; ++n)
+        for (int g = 0; g < G; ++g)
+          for (int v = 0; v < kStep; ++v) acc[n][g][v] = S::splat(0);
+      for (int u = 0; u < grid.units(); ++u) {
+        const uint8_t* line = base + static_cast<size_t>(u * lane_blocks) * kLines * kLine;
+        unrolled<kStep>([&](int v) [[gnu::always_inline]] {
+          const int at = v0 + v;
+          const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
+          if (at % kPerBlock == 0)
+            for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
+          unpack(p, [&](int j, const typename S::Code& code) [[gnu::always_inline]] {
+            const int depth = (u * kDwords + j) * S::kOperandDwords;
+            unrolled<G * kPlanes>([&](int i) [[gnu::always_inline]] {
+              const int g = i / kPlanes, n = i % kPlanes;
+              acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
+            });
+          });
+        });
+      }
+      for (int g = 0; g < G; ++g)
+        for (int v = 0; v < kStep; ++v) {
+          float* out = a.out + static_cast<ptrdiff_t>(g) * a.out_stride + sb * 64 + (v0 + v) * S::kLanes;
+          typename S::F sum = S::to_float(acc[0][g][v]);
+          if constexpr (High)
+            sum = S::fma(sum, S::set1(static_cast<float>(S::kProbMax + 1)), S::to_float(acc[kPlanes - 1][g][v]));
+          S::store(out, S::fma(sum, S::set1(worth[g]), S::load(out)));
+        }
+    }
+  }
+}
+
+template <class S, class Codec, int G>
+void accumulate(const kvpack::AccumulateArgs& a) {
+  if (a.levels == 2)
+    accumulate_planes<S, Codec, G, true>(a);
+  else
+    accumulate_planes<S, Codec, G, false>(a);
+}
+
+}  // namespace

@@ -1,0 +1,23 @@
+// Register blocking shared by the kernels that keep accumulators of a group of rows.
+#pragma once
+#include <utility>
+
+namespace {
+
+// body(0), body(1), ..., body(N - 1), written out: accumulator arrays must be indexed by constants to stay in
+// registers, whatever the compiler thinks of the size of the body.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unrolled(Body&& body) {
+  [&]<int... Is>(std::integer_sequence<int, Is...>) __attribute__((always_inline)) {
+    (body(Is), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// Vectors of lanes that are in flight together.
+template <class S>
+constexpr int vectors_in_flight(int group) {
+  const int fit = S::kAccumulators / group;
+  return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+}  // namespace

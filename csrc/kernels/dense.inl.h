@@ -1,0 +1,83 @@
+// Exact tokens as rows of elements: window, sinks, the call's own tokens; also the values of an `exact` tile.
+//
+// score: one token against four query rows, four dot products side by side, reduced together.
+// accumulate: outputs stay in registers over the tokens of a block, 64 dims at a time.
+#pragma once
+#include "kernels/blocking.inl.h"
+#include "kernels/table.h"
+
+namespace {
+
+template <class S, kvpack::Dtype T, int G>
+void dense_score_group(const kvpack::DenseArgs& a) {
+  using namespace kvpack;
+  using F = typename S::F;
+  constexpr int kBytes = dtype_bytes(T);
+  for (int t = 0; t < a.tokens; ++t) {
+    const uint8_t* row = a.rows + t * a.stride;
+    F acc[4];
+    for (int g = 0; g < 4; ++g) acc[g] = S::zero();
+    for (int i = 0; i < a.head_dim; i += S::kLanes) {
+      const F key = S::template load_element<T>(row + i * kBytes);
+      unrolled<G>([&](int g) [[gnu::always_inline]] {
+        acc[g] = S::fma(key, S::load(a.query + g * a.head_dim + i), acc[g]);
+      });
+    }
+    float sum[4];
+    S::reduce_add_4(acc[0], acc[1], acc[2], acc[3], sum);
+    for (int g = 0; g < G; ++g) a.probs[g * kTile + t] = sum[g];
+  }
+  for (int g = 0; g < G; ++g)
+    for (int t = a.tokens; t < kTile; ++t) a.probs[g * kTile + t] = -__builtin_inff();
+}
+
+template <class S, kvpack::Dtype T, int G>
+void dense_accumulate_group(const kvpack::DenseArgs& a) {
+  using namespace kvpack;
+  using F = typename S::F;
+  constexpr int kInFlight = vectors_in_flight<S>(G), kBytes = dtype_bytes(T), kDims = kInFlight * S::kLanes;
+  for (int i = 0; i < a.head_dim; i += kDims) {
+    F acc[G][kInFlight];
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::load(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes);
+#pragma GCC unroll 1
+    for (int t = 0; t < a.tokens; ++t) {
+      float weight = 0.0F;
+      for (int g = 0; g < G; ++g) weight += a.probs[g * kTile + t];
+      if (weight == 0.0F) continue;  // masked for all: its values may be anything, NaN included
+      const uint8_t* p = a.rows + t * a.stride + i * kBytes;
+      if (a.ahead != nullptr)
+        for (int n = 0; n < kDims * kBytes; n += kLine) S::prefetch(a.ahead + t * a.stride + i * kBytes + n);
+      F value[kInFlight];
+      for (int v = 0; v < kInFlight; ++v) value[v] = S::template load_element<T>(p + v * S::kLanes * kBytes);
+      unrolled<G>([&](int g) [[gnu::always_inline]] {
+        const F w = S::set1(a.probs[g * kTile + t]);
+        unrolled<kInFlight>([&](int v) [[gnu::always_inline]] { acc[g][v] = S::fma(value[v], w, acc[g][v]); });
+      });
+    }
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < kInFlight; ++v) S::store(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes, acc[g][v]);
+  }
+}
+
+template <class S, kvpack::Dtype T>
+void dense_score(const kvpack::DenseArgs& a) {
+  switch (a.group) {
+    case 1: return dense_score_group<S, T, 1>(a);
+    case 2: return dense_score_group<S, T, 2>(a);
+    case 3: return dense_score_group<S, T, 3>(a);
+    default: return dense_score_group<S, T, 4>(a);
+  }
+}
+
+template <class S, kvpack::Dtype T>
+void dense_accumulate(const kvpack::DenseArgs& a) {
+  switch (a.group) {
+    case 1: return dense_accumulate_group<S, T, 1>(a);
+    case 2: return dense_accumulate_group<S, T, 2>(a);
+    case 3: return dense_accumulate_group<S, T, 3>(a);
+    default: return dense_accumulate_group<S, T, 4>(a);
+  }
+}
+
+}  // namespace

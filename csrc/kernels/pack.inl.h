@@ -1,0 +1,118 @@
+// Codes [64 tokens][head_dim], one byte each, to and from packed lines (format.h).
+//
+// Both sides go through the same dword matrix [depth/4][lane], four codes of consecutive depths per dword; a unit is
+// then shifts and ors of whole dwords, lane by lane.
+#pragma once
+#include "kernels/table.h"
+
+namespace {
+
+using DwordMatrix = uint32_t[kvpack::kTile * kvpack::kMaxHeadDim / 4];
+
+inline void codes_to_dwords(const uint8_t* codes, int head_dim, kvpack::Side side, DwordMatrix& m) {
+  using kvpack::kTile;
+  if (side == kvpack::Side::key) {
+    for (int t = 0; t < kTile; ++t)
+      for (int z = 0; z < head_dim / 4; ++z) __builtin_memcpy(&m[z * kTile + t], codes + t * head_dim + 4 * z, 4);
+  } else {
+    for (int z = 0; z < kTile / 4; ++z) {
+      const uint8_t* c = codes + 4 * z * head_dim;
+      for (int i = 0; i < head_dim; ++i)
+        m[z * head_dim + i] = static_cast<uint32_t>(c[i]) | static_cast<uint32_t>(c[head_dim + i]) << 8 |
+                              static_cast<uint32_t>(c[2 * head_dim + i]) << 16 |
+                              static_cast<uint32_t>(c[3 * head_dim + i]) << 24;
+    }
+  }
+}
+
+inline void dwords_to_codes(const DwordMatrix& m, int head_dim, kvpack::Side side, uint8_t* codes) {
+  using kvpack::kTile;
+  if (side == kvpack::Side::key) {
+    for (int t = 0; t < kTile; ++t)
+      for (int z = 0; z < head_dim / 4; ++z) __builtin_memcpy(codes + t * head_dim + 4 * z, &m[z * kTile + t], 4);
+  } else {
+    for (int z = 0; z < kTile / 4; ++z)
+      for (int e = 0; e < 4; ++e)
+        for (int i = 0; i < head_dim; ++i)
+          codes[(4 * z + e) * head_dim + i] = static_cast<uint8_t>(m[z * head_dim + i] >> (8 * e));
+  }
+}
+
+constexpr uint32_t every_byte(uint32_t b) { return b * 0x01010101U; }
+
+// One unit of 16 lanes: c[j] are the dword rows of its depths.
+template <int Bits>
+inline void pack_line(const uint32_t* const (&c)[kvpack::unit_dwords(Bits)], uint32_t* line) {
+  for (int l = 0; l < 16; ++l) {
+    if constexpr (Bits == 3) {
+      const uint32_t rest = c[6][l] | c[7][l] << 3;
+      line[l] = c[0][l] | c[1][l] << 3 | (rest & every_byte(0x03)) << 6;
+      line[16 + l] = c[2][l] | c[3][l] << 3 | (rest & every_byte(0x0c)) << 4;
+      line[32 + l] = c[4][l] | c[5][l] << 3 | (rest & every_byte(0x30)) << 2;
+    } else {
+      uint32_t w = c[0][l];
+      for (int j = 1; j < kvpack::unit_dwords(Bits); ++j) w |= c[j][l] << (Bits * j);
+      line[l] = w;
+    }
+  }
+}
+
+template <int Bits>
+inline void unpack_line(const uint32_t* line, uint32_t* const (&c)[kvpack::unit_dwords(Bits)]) {
+  constexpr uint32_t kMask = every_byte((1U << Bits) - 1);
+  for (int l = 0; l < 16; ++l) {
+    if constexpr (Bits == 3) {
+      const uint32_t p = line[l], q = line[16 + l], r = line[32 + l];
+      const uint32_t rest = (p >> 6 & every_byte(0x03)) | (q >> 4 & every_byte(0x0c)) | (r >> 2 & every_byte(0x30));
+      c[0][l] = p & kMask;
+      c[1][l] = p >> 3 & kMask;
+      c[2][l] = q & kMask;
+      c[3][l] = q >> 3 & kMask;
+      c[4][l] = r & kMask;
+      c[5][l] = r >> 3 & kMask;
+      c[6][l] = rest & kMask;
+      c[7][l] = rest >> 3 & kMask;
+    } else {
+      for (int j = 0; j < kvpack::unit_dwords(Bits); ++j) c[j][l] = line[l] >> (Bits * j) & kMask;
+    }
+  }
+}
+
+// Runs line(pointer to the packed line, rows of its depths) over a code section.
+template <int Bits, class Row, class Line>
+inline void for_each_line(const kvpack::CodeGrid& grid, Row* m, Line&& line) {
+  constexpr int kDwords = kvpack::unit_dwords(Bits);
+  for (int sb = 0; sb < grid.superblocks(); ++sb)
+    for (int u = 0; u < grid.units(); ++u)
+      for (int b = 0; b < grid.lane_blocks(sb); ++b) {
+        Row* c[kDwords];
+        for (int j = 0; j < kDwords; ++j) c[j] = m + (u * kDwords + j) * grid.lanes + sb * 64 + b * 16;
+        line(grid.line(sb, u, b), c);
+      }
+}
+
+template <int Bits>
+void pack_codes(const uint8_t* codes, int head_dim, kvpack::Side side, uint8_t* packed) {
+  alignas(64) DwordMatrix m;
+  codes_to_dwords(codes, head_dim, side, m);
+  const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32).grid();
+  for_each_line<Bits>(grid, static_cast<const uint32_t*>(m), [&](size_t at, const uint32_t* const(&c)[kvpack::unit_dwords(Bits)]) {
+    alignas(64) uint32_t line[16 * kvpack::unit_lines(Bits)];
+    pack_line<Bits>(c, line);
+    __builtin_memcpy(packed + at, line, sizeof line);
+  });
+}
+
+template <int Bits>
+void unpack_codes(const uint8_t* packed, int head_dim, kvpack::Side side, uint8_t* codes) {
+  alignas(64) DwordMatrix m;
+  const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32).grid();
+  for_each_line<Bits>(grid, static_cast<uint32_t*>(m), [&](size_t at, uint32_t* const(&c)[kvpack::unit_dwords(Bits)]) {
+    alignas(64) uint32_t line[16 * kvpack::unit_lines(Bits)];
+    __builtin_memcpy(line, packed + at, sizeof line);
+    unpack_line<Bits>(line, c);
+  });
+  dwords_to_codes(m, head_dim, side, codes);
+}
+
+}  // namespace

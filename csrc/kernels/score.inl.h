@@ -1,0 +1,120 @@
+// score: integer dot products of a group of query rows with the 64 keys of a tile.
+//
+// The accumulators are lanes = tokens, so there are no horizontal sums: for every unit, each level vector (16 tokens
+// x 4 dims on 512 bits) meets the broadcast dword of 4 query bytes of every row. A scale block ends with one
+// conversion, one multiplication by the token scales and one by the row's scale.
+//
+// Overflow: |acc| <= 256 dims * 255 * 127 = 8.3e6 < 2^31.
+#pragma once
+#include "kernels/blocking.inl.h"
+#include "kernels/table.h"
+#include "kernels/unpack.inl.h"
+
+namespace {
+
+// Query row -> two levels of int8 per scale block: q ~ scale0 * level0 + scale1 * level1, scale1 = scale0 / 254.
+template <class S>
+void quantize_query(const kvpack::QuantizeQueryArgs& a) {
+  using namespace kvpack;
+  using F = typename S::F;
+  const int block = a.scale_block == 0 ? a.head_dim : a.scale_block;
+  alignas(64) uint8_t level[2][kMaxHeadDim];
+  for (int sb = 0; sb * block < a.head_dim; ++sb) {
+    const float* q = a.query + sb * block;
+    F top = S::zero();
+    for (int i = 0; i < block; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
+    const float max = S::reduce_max(top), step = max / 127.0F;
+    const F inv = S::set1(max > 0.0F ? 127.0F / max : 0.0F);
+    F sum[2] = {S::zero(), S::zero()};
+    for (int i = 0; i < block; i += S::kLanes) {
+      const F v = S::mul(S::load(q + i), inv), first = S::round_even(v);
+      const F second = S::round_even(S::mul(S::sub(v, first), S::set1(254.0F)));
+      S::store_low_bytes(level[0] + i, first);
+      S::store_low_bytes(level[1] + i, second);
+      sum[0] = S::add(sum[0], first);
+      sum[1] = S::add(sum[1], second);
+    }
+    for (int n = 0; n < 2; ++n) {
+      for (int i = 0; i < block; i += 4)
+        S::template pack_operand<Side::key>(level[n] + i, a.row->operand[n] + (sb * block + i) / 4 * S::kOperandDwords);
+      a.row->scale[n][sb] = n == 0 ? step : step / 254.0F;
+      a.row->offset[n][sb] = -S::kKeyOffset * static_cast<int>(S::reduce_add(sum[n]));
+    }
+  }
+}
+
+template <class S, class Codec, int G>
+void score(const kvpack::ScoreArgs& a) {
+  using namespace kvpack;
+  using I = typename S::I;
+  constexpr int kInFlight = vectors_in_flight<S>(G), kPerBlock = 16 / S::kLanes, kVectors = 4 * kPerBlock;
+  const Unpacker<S, Codec, Side::key> unpack;
+  constexpr int kDwords = decltype(unpack)::kDwords, kLines = decltype(unpack)::kLines;
+  const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
+  const int units = a.head_dim / blocks / (4 * kDwords);
+  const uint8_t* ahead = a.ahead;
+  for (int level = 0; level < a.levels; ++level) {
+    for (int v0 = 0; v0 < kVectors; v0 += kInFlight) {
+      for (int sb = 0; sb < blocks; ++sb) {
+        I acc[G][kInFlight];
+        for (int g = 0; g < G; ++g)
+          for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(a.rows[g].offset[level][sb]);
+#pragma GCC unroll 1
+        for (int u = sb * units; u < (sb + 1) * units; ++u) {
+          const uint8_t* line = a.tile.codes + static_cast<size_t>(u) * 4 * kLines * kLine;
+          unrolled<kInFlight>([&](int v) [[gnu::always_inline]] {
+            const int at = v0 + v;
+            const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
+            if (level == 0 && at % kPerBlock == 0)
+              for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
+            unpack(p, [&](int j, const typename S::Code& code) [[gnu::always_inline]] {
+              const int operand = (u * kDwords + j) * S::kOperandDwords;
+              unrolled<G>([&](int g) [[gnu::always_inline]] {
+                acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
+              });
+            });
+          });
+        }
+        for (int v = 0; v < kInFlight; ++v) {
+          const int token = (v0 + v) * S::kLanes;
+          const auto scale = S::template load_element<Dtype::f16>(
+              reinterpret_cast<const uint8_t*>(a.tile.scales + sb * kTile + token));
+          for (int g = 0; g < G; ++g) {
+            float* out = a.scores + g * kTile + token;
+            const auto part = S::mul(S::mul(S::to_float(acc[g][v]), scale), S::set1(a.rows[g].scale[level][sb]));
+            S::store(out, level == 0 && sb == 0 ? part : S::add(S::load(out), part));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Exact keys, dim major: every element vector (16 tokens of one dim) meets the broadcast query element of each row.
+template <class S, kvpack::Dtype T, int G>
+void exact_score(const kvpack::ScoreArgs& a) {
+  using namespace kvpack;
+  using F = typename S::F;
+  constexpr int kInFlight = vectors_in_flight<S>(G), kVectors = kTile / S::kLanes, kBytes = dtype_bytes(T);
+  for (int v0 = 0; v0 < kVectors; v0 += kInFlight) {
+    F acc[G][kInFlight];
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::zero();
+#pragma GCC unroll 2
+    for (int dim = 0; dim < a.head_dim; ++dim) {
+      const ptrdiff_t at = (static_cast<ptrdiff_t>(dim) * kTile + v0 * S::kLanes) * kBytes;
+      const uint8_t* p = a.tile.codes + at;
+      F key[kInFlight];
+      for (int v = 0; v < kInFlight; ++v) key[v] = S::template load_element<T>(p + v * S::kLanes * kBytes);
+      for (int n = 0; n < kInFlight * S::kLanes * kBytes; n += kLine) S::prefetch(a.ahead + at + n);
+      unrolled<G>([&](int g) [[gnu::always_inline]] {
+        const F q = S::set1(a.query[g * a.head_dim + dim]);
+        unrolled<kInFlight>([&](int v) [[gnu::always_inline]] { acc[g][v] = S::fma(key[v], q, acc[g][v]); });
+      });
+    }
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < kInFlight; ++v) S::store(a.scores + g * kTile + (v0 + v) * S::kLanes, acc[g][v]);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,100 @@
+// The kernel table: the plain-C surface between an ISA unit and the rest of the core. One table per ISA, filled by
+// the templates in kernels/*.inl.h; dispatch picks a table once per call.
+#pragma once
+#include "codecs/all.h"
+#include "kvpack/format.h"
+
+namespace kvpack {
+
+constexpr int32_t kMaxGroup = 4;  // query rows that share one unpacking of a tile
+
+// A query row, quantized for integer scores: two int8 levels (the second refines the first; precision "high" uses
+// both), one scale per scale block of the key codec.
+struct alignas(64) QueryRow {
+  int32_t operand[2][kMaxHeadDim / 4 * 2];
+  float scale[2][kMaxScaleBlocks];
+  int32_t offset[2][kMaxScaleBlocks];  // initial accumulator: undoes the key table's offset
+};
+
+struct SoftmaxRow {
+  float max, sum;  // running maximum (log2 units) and sum of 2^(score - max)
+};
+
+struct QuantizeQueryArgs {
+  const float* query;  // [head_dim], rotated if the codec is, scaled by softmax scale * log2(e)
+  int32_t head_dim, scale_block;
+  QueryRow* row;
+};
+
+struct ScoreArgs {
+  const QueryRow* rows;  // [group], coded keys
+  const float* query;    // [group][head_dim], exact keys
+  ConstTileSide tile;
+  const uint8_t* ahead;  // same section of a tile to come, prefetched line by line
+  float* scores;         // [group][kTile], log2 units
+  int32_t head_dim, levels;
+};
+
+struct SoftmaxArgs {
+  float* scores;       // [group][kTile] in: log2 units; out: 2^(score - max)
+  SoftmaxRow* rows;    // [group]
+  float* out;          // [group][out_stride] accumulated so far, rescaled when a maximum grows
+  const uint8_t* ahead;  // prefetched meanwhile
+  int32_t ahead_lines, group, out_stride;
+};
+
+struct AccumulateArgs {
+  const float* probs;  // [group][kTile]
+  ConstTileSide tile;
+  const uint8_t* ahead;
+  float* out;  // [group][out_stride], += probs x decoded values
+  int32_t out_stride, head_dim, levels, dither;
+};
+
+// Rows of exact tokens: window, sinks, the call's own tokens (and exact value tiles).
+struct DenseArgs {
+  const uint8_t* rows;
+  ptrdiff_t stride;  // bytes between tokens
+  const float* query;
+  float* probs;  // [group][kTile]: written by score, read by accumulate
+  const uint8_t* ahead;
+  float* out;
+  int32_t out_stride, head_dim, tokens, group;
+};
+
+// Encode and decode work on one side of one tile. status: 0 ok, else token + 1 of the offending vector, negative for
+// a scale that overflows fp16, positive for a non-finite input.
+struct EncodeArgs {
+  const float* x;  // [kTile][head_dim]
+  TileSide tile;
+  uint8_t* scratch;      // [kTile][head_dim] codes
+  const float* signs;    // [head_dim], +-1
+  int32_t head_dim;
+  Side side;
+  Rule rule;
+};
+struct DecodeArgs {
+  ConstTileSide tile;
+  float* x;              // [kTile][head_dim]
+  uint8_t* scratch;      // [kTile][head_dim] codes
+  const float* signs;
+  int32_t head_dim;
+  Side side;
+};
+
+struct KernelTable {
+  const char* name;
+  void (*rotate)(float* x, int64_t rows, int32_t head_dim, const float* signs, bool inverse);
+  void (*quantize_query)(const QuantizeQueryArgs&);
+  void (*softmax)(const SoftmaxArgs&);
+  void (*softcap)(float* scores, int32_t n, float cap);
+  void (*score[kCodecs][kMaxGroup])(const ScoreArgs&);
+  void (*accumulate[kCodecs][kMaxGroup])(const AccumulateArgs&);
+  void (*exact_score[3][kMaxGroup])(const ScoreArgs&);
+  void (*dense_score[3])(const DenseArgs&);
+  void (*dense_accumulate[3])(const DenseArgs&);
+  int32_t (*encode[kCodecs])(const EncodeArgs&);
+  void (*decode[kCodecs])(const DecodeArgs&);
+};
+
+}  // namespace kvpack

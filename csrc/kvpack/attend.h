@@ -1,0 +1,50 @@
+// attend: attention of queries over packed tiles, sinks and exact tokens in one online softmax.
+//
+// Positions. A row's sequence has S sinks, the packed tokens and E exact tokens. The stream (packed, then exact) lies
+// around the sinks: stream index i is position i before sink_start and i + S from there on. Mask columns are positions;
+// positions below `pad` are masked always.
+#pragma once
+#include "kvpack/codec.h"
+
+namespace kvpack {
+
+constexpr int64_t kRowBlock = 64;     // query rows of one work item
+constexpr int64_t kChunkTiles = 32;   // tiles of one work item where a call has few items otherwise
+constexpr int64_t kEnoughItems = 16;  // from this many items on, tile ranges are not split
+
+// [batch, heads, tokens, dim] with strides in bytes; dim is contiguous.
+struct Strided {
+  const uint8_t* data = nullptr;
+  ptrdiff_t batch = 0, head = 0, token = 0;
+};
+
+struct Mask {
+  enum class Kind { none, boolean, additive } kind = Kind::none;
+  const uint8_t* data = nullptr;
+  Dtype dtype = Dtype::f32;                          // of an additive mask
+  ptrdiff_t batch = 0, head = 0, token = 0, key = 0;  // bytes, 0 where broadcast
+};
+
+struct AttendParams {
+  int64_t batch, query_heads, kv_heads, query_tokens, key_dim, value_dim;
+  int64_t tiles, sinks, exact;
+  int64_t key_codec, value_codec;
+  Dtype dtype;  // of query, sinks, exact tokens and output
+  Strided query, sink_keys, sink_values, keys, values;
+  const int64_t* table;  // [batch][table_stride] page addresses
+  int64_t table_stride;
+  const int32_t* counts;       // [tiles] tokens per tile
+  const int32_t* rows;         // [batch][2] pad, sink_start; may be null
+  Mask mask;
+  const float* sink_logits;    // [query_heads], may be null
+  float scale, softcap;        // softcap 0: off
+  bool causal;
+  Precision precision;
+  uint8_t* out;  // [batch, query_heads, query_tokens, value_dim], contiguous
+};
+
+// Bytes of scratch that attend() needs; the same for the same shapes, whatever the number of threads.
+size_t attend_workspace(const AttendParams&);
+void attend(const AttendParams&, uint8_t* workspace, ParallelFor parallel);
+
+}  // namespace kvpack

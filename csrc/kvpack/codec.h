@@ -1,0 +1,52 @@
+// Codecs on arrays: registry, sizes, encode, decode, rotate. Raw pointers; throws std::invalid_argument.
+#pragma once
+#include <span>
+#include <string_view>
+
+#include "kvpack/format.h"
+
+namespace kvpack {
+
+struct CodecInfo {
+  int32_t id;
+  std::string_view name;
+  int32_t bits;  // per value, scales not counted; 0: the bits of the element
+  bool rotated;
+  int32_t scale_block;  // dims per scale, 0: the whole vector
+  std::string_view what, source;
+};
+
+std::span<const CodecInfo> codecs();
+
+// Checks a codec code (id, rule, dtype) and a head size; the layout of one side of a tile.
+SideLayout layout_of(int64_t codec, int64_t head_dim, Side side);
+
+// Runs body(i) for i in 0..n-1, on whatever threads the caller has.
+using ParallelFor = void (*)(int64_t n, void (*body)(void* context, int64_t i), void* context);
+void serial_for(int64_t n, void (*body)(void* context, int64_t i), void* context);
+
+// Vectors of the caller: element (token, dim) at data + token * stride + dim * dtype_bytes. Strides in bytes.
+struct Vectors {
+  const uint8_t* data;
+  Dtype dtype;
+  ptrdiff_t stride;
+};
+
+// One side of one tile: `tokens` vectors, the rest of the tile filled with zeros. Throws on NaN and Inf, and where a
+// scale overflows fp16; `first_token` is added to token numbers in messages.
+void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out, int64_t first_token);
+
+// One side of one tile to `tokens` vectors of `dtype`, row stride in bytes.
+void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side, int32_t tokens, uint8_t* out, Dtype dtype, ptrdiff_t stride);
+
+// Orthonormal randomized Hadamard rotation of rows, in place (inverse: its transpose).
+void rotate_rows(float* x, int64_t rows, int64_t head_dim, bool inverse);
+
+// The +-1 vector of a head size: splitmix64 from 0x6b767061636b0000 + head_dim, bit i % 64 of word i / 64.
+const float* rotation_signs(int64_t head_dim);
+
+// float32 <-> element conversions on rows.
+void load_row(const uint8_t* from, Dtype dtype, int32_t n, float* to);
+void store_row(const float* from, Dtype dtype, int32_t n, uint8_t* to);
+
+}  // namespace kvpack

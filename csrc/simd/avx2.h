@@ -1,0 +1,134 @@
+// Policy "avx2" (AVX2, FMA, F16C). 8 lanes. Without VNNI an unsigned-by-signed byte dot saturates (vpmaddubsw), so
+// level bytes and operands are widened to 16 bits, even and odd bytes apart, and vpmaddwd sums pairs exactly.
+// What a policy provides is described in scalar.h.
+#pragma once
+#include <immintrin.h>
+
+#include "kvpack/types.h"
+#include "simd/half.h"
+
+namespace {
+
+struct Avx2 {
+  using I = __m256i;
+  using F = __m256;
+  struct Code {
+    I even, odd;
+  };
+  static constexpr int kLanes = 8, kAccumulators = 8, kProbMax = 255, kKeyOffset = 0, kOperandDwords = 2;
+
+  static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static I splat(int32_t v) { return _mm256_set1_epi32(v); }
+  static I shift_right_16(I v, int n) { return _mm256_srli_epi16(v, n); }
+  template <int Mask>
+  static I select_bits(I a, I b) {
+    const I m = _mm256_set1_epi8(static_cast<char>(Mask));
+    return _mm256_or_si256(_mm256_and_si256(a, m), _mm256_andnot_si256(m, b));
+  }
+
+  struct TableBytes {
+    alignas(16) int8_t level[16];
+  };
+  template <int Bits>
+  struct Table {
+    I level;
+  };
+  template <int Bits>
+  static constexpr TableBytes table_bytes(const int8_t* level, int offset) {
+    TableBytes t{};
+    for (int i = 0; i < 16; ++i) t.level[i] = static_cast<int8_t>(level[i & ((1 << Bits) - 1)] + offset);
+    return t;
+  }
+  template <int Bits>
+  static Table<Bits> load_table(const TableBytes& t) {
+    return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t.level)))};
+  }
+  template <int Bits, int Pos>
+  static I look_up(const Table<Bits>& t, I raw) {
+    const I field = Pos == 0 ? raw : _mm256_srli_epi16(raw, Pos);
+    return _mm256_shuffle_epi8(t.level, _mm256_and_si256(field, _mm256_set1_epi8((1 << Bits) - 1)));
+  }
+  static I flip_sign_bit(I v) { return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80))); }
+  static Code expand(I levels) {
+    return {_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)};
+  }
+
+  // Two dwords: bytes 0 and 2, bytes 1 and 3, as 16-bit integers. Keys bring signed bytes, values unsigned ones.
+  template <kvpack::Side S>
+  static void pack_operand(const uint8_t* four, int32_t* out) {
+    const auto at = [four](int i) {
+      if (S == kvpack::Side::value) return static_cast<uint32_t>(four[i]);
+      return static_cast<uint32_t>(static_cast<uint16_t>(static_cast<int8_t>(four[i])));
+    };
+    out[0] = static_cast<int32_t>(at(0) | at(2) << 16);
+    out[1] = static_cast<int32_t>(at(1) | at(3) << 16);
+  }
+  template <kvpack::Side S>
+  static I dot(I acc, const Code& code, const int32_t* operand) {
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(code.even, _mm256_set1_epi32(operand[0])));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(code.odd, _mm256_set1_epi32(operand[1])));
+  }
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F set1(float v) { return _mm256_set1_ps(v); }
+  static F zero() { return _mm256_setzero_ps(); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F sign_bit() { return _mm256_set1_ps(-0.0F); }
+  static F abs(F a) { return _mm256_andnot_ps(sign_bit(), a); }
+  static F copy_sign(F magnitude, F sign) {
+    return _mm256_or_ps(_mm256_andnot_ps(sign_bit(), magnitude), _mm256_and_ps(sign_bit(), sign));
+  }
+  static F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F truncate(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
+  static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  // n in -126..0 (clamped by the caller), a in [0.5, 2]: the exponent field takes n.
+  static F scale_by_power(F a, F n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+  }
+  static F add_where_greater(F acc, F a, F b, F inc) {
+    return _mm256_add_ps(acc, _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), inc));
+  }
+  static F zero_where_less(F v, F a, F b) { return _mm256_and_ps(v, _mm256_cmp_ps(a, b, _CMP_NLT_UQ)); }
+  static float reduce_max(F v) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  static float reduce_add(F v) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  static F hadamard_in_lane(F v) {
+    v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 1));
+    v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(v, 0x4E));
+    return _mm256_fmadd_ps(v, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(v, 0xB1));
+  }
+  static void store_low_bytes(uint8_t* p, F v) {
+    const I x = _mm256_and_si256(_mm256_cvttps_epi32(v), _mm256_set1_epi32(0xff));
+    const __m128i w = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(w, w));
+  }
+  static void reduce_add_4(F a, F b, F c, F d, float* out) {
+    const F s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+  template <kvpack::Dtype T>
+  static F load_element(const uint8_t* p) {
+    if constexpr (T == kvpack::Dtype::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (T == kvpack::Dtype::f16) return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  }
+};
+
+}  // namespace

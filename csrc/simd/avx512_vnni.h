@@ -1,0 +1,149 @@
+// Policies "avx512_vnni" (AVX-512 F, BW, DQ, VL, VNNI) and "avx512_vbmi" (the same with VBMI's vpermb). 16 lanes.
+// What a policy provides is described in scalar.h.
+#pragma once
+#include <immintrin.h>
+
+#include "kvpack/types.h"
+#include "simd/half.h"
+
+namespace {
+
+struct Avx512Vnni {
+  using I = __m512i;
+  using F = __m512;
+  using Code = __m512i;
+  static constexpr int kLanes = 16, kAccumulators = 16, kProbMax = 255, kKeyOffset = 128, kOperandDwords = 1;
+
+  static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I splat(int32_t v) { return _mm512_set1_epi32(v); }
+  static I shift_right_16(I v, int n) { return _mm512_srli_epi16(v, static_cast<unsigned>(n)); }
+  template <int Mask>
+  static I select_bits(I a, I b) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(Mask)), a, b, 0xCA);
+  }
+
+  // 16-byte look-up in every 128-bit lane; the field is shifted down and masked.
+  struct TableBytes {
+    alignas(16) int8_t level[16];
+  };
+  template <int Bits>
+  struct Table {
+    I level;
+  };
+  template <int Bits>
+  static constexpr TableBytes table_bytes(const int8_t* level, int offset) {
+    TableBytes t{};
+    for (int i = 0; i < 16; ++i) t.level[i] = static_cast<int8_t>(level[i & ((1 << Bits) - 1)] + offset);
+    return t;
+  }
+  template <int Bits>
+  static Table<Bits> load_table(const TableBytes& t) {
+    return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(t.level)))};
+  }
+  template <int Bits, int Pos>
+  static I look_up(const Table<Bits>& t, I raw) {
+    const I field = Pos == 0 ? raw : _mm512_srli_epi16(raw, Pos);
+    return _mm512_shuffle_epi8(t.level, _mm512_and_si512(field, _mm512_set1_epi8((1 << Bits) - 1)));
+  }
+  static I flip_sign_bit(I v) { return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(0x80))); }
+  static Code expand(I levels) { return levels; }
+
+  template <kvpack::Side>
+  static void pack_operand(const uint8_t* four, int32_t* out) {
+    __builtin_memcpy(out, four, 4);
+  }
+  template <kvpack::Side S>
+  static I dot(I acc, Code code, const int32_t* operand) {
+    const I w = _mm512_set1_epi32(*operand);
+    return S == kvpack::Side::key ? _mm512_dpbusd_epi32(acc, code, w) : _mm512_dpbusd_epi32(acc, w, code);
+  }
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F copy_sign(F magnitude, F sign) {
+    const I bit = _mm512_set1_epi32(static_cast<int>(0x80000000U));
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xCA));
+  }
+  static F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F truncate(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }
+  static F add_where_greater(F acc, F a, F b, F inc) {
+    return _mm512_mask_add_ps(acc, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), acc, inc);
+  }
+  static F zero_where_less(F v, F a, F b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), v); }
+  static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+  static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
+  // Strides 8, 4, 2, 1: the partner's value plus or minus our own. The multiplication by +-1 is exact.
+  static F hadamard_in_lane(F v) {
+    const F p = _mm512_set1_ps(1.0F), n = _mm512_set1_ps(-1.0F);
+    v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xff00, p, n), _mm512_shuffle_f32x4(v, v, 0x4E));
+    v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xf0f0, p, n), _mm512_shuffle_f32x4(v, v, 0xB1));
+    v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xcccc, p, n), _mm512_permute_ps(v, 0x4E));
+    return _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xaaaa, p, n), _mm512_permute_ps(v, 0xB1));
+  }
+  static void store_low_bytes(uint8_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(v)));
+  }
+  static __m256 fold(F v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  static void reduce_add_4(F a, F b, F c, F d, float* out) {
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+  template <kvpack::Dtype T>
+  static F load_element(const uint8_t* p) {
+    if constexpr (T == kvpack::Dtype::f32) return _mm512_loadu_ps(p);
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (T == kvpack::Dtype::f16) return _mm512_cvtph_ps(h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+};
+
+#ifdef __AVX512VBMI__
+// vpermb looks at six index bits, so a field needs no mask: the table is replicated over the bits that are not its
+// own. Fields that end within bit 5 need no shift either, only a table of their own.
+struct Avx512Vbmi : Avx512Vnni {
+  template <int Bits>
+  struct TableBytes {
+    alignas(64) int8_t at[6 / Bits][64];
+  };
+  template <int Bits>
+  struct Table {
+    I at[6 / Bits];
+  };
+  template <int Bits>
+  static constexpr TableBytes<Bits> table_bytes(const int8_t* level, int offset) {
+    TableBytes<Bits> t{};
+    for (int k = 0; k < 6 / Bits; ++k)
+      for (int i = 0; i < 64; ++i)
+        t.at[k][i] = static_cast<int8_t>(level[(i >> (k * Bits)) & ((1 << Bits) - 1)] + offset);
+    return t;
+  }
+  template <int Bits>
+  static Table<Bits> load_table(const TableBytes<Bits>& b) {
+    Table<Bits> t;
+    for (int k = 0; k < 6 / Bits; ++k) t.at[k] = _mm512_load_si512(b.at[k]);
+    return t;
+  }
+  template <int Bits, int Pos>
+  static I look_up(const Table<Bits>& t, I raw) {
+    if constexpr (Pos + Bits <= 6) return _mm512_permutexvar_epi8(raw, t.at[Pos / Bits]);
+    return _mm512_permutexvar_epi8(_mm512_srli_epi16(raw, Pos), t.at[0]);
+  }
+};
+#endif
+
+}  // namespace

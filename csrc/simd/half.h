@@ -1,0 +1,59 @@
+// fp16 and bf16 in integer arithmetic: the same bits on every level, whatever the floating-point control register says.
+// Everything is in an anonymous namespace because ISA units include it under their own flags.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+[[maybe_unused]] inline uint32_t float_bits(float v) {
+  uint32_t b;
+  std::memcpy(&b, &v, 4);
+  return b;
+}
+[[maybe_unused]] inline float bits_float(uint32_t b) {
+  float v;
+  std::memcpy(&v, &b, 4);
+  return v;
+}
+
+// float32 to fp16, round to nearest even, subnormals kept, overflow to infinity.
+[[maybe_unused]] inline uint16_t float_to_half(float v) {
+  const uint32_t b = float_bits(v), sign = (b >> 16) & 0x8000U, mag = b & 0x7fffffffU;
+  if (mag >= 0x7f800000U) return static_cast<uint16_t>(sign | (mag > 0x7f800000U ? 0x7e00U : 0x7c00U));
+  if (mag >= 0x477ff000U) return static_cast<uint16_t>(sign | 0x7c00U);  // rounds to 65536 or more
+  if (mag < 0x33000001U) return static_cast<uint16_t>(sign);             // at most half the smallest subnormal
+  uint32_t half, rest, tie;
+  if (mag < 0x38800000U) {  // subnormal result
+    const uint32_t shift = 126U - (mag >> 23);  // 14..24
+    const uint32_t m = (mag & 0x7fffffU) | 0x800000U;
+    half = m >> shift;
+    rest = m & ((1U << shift) - 1);
+    tie = 1U << (shift - 1);
+  } else {
+    half = (mag - 0x38000000U) >> 13;
+    rest = mag & 0x1fffU;
+    tie = 0x1000U;
+  }
+  half += (rest > tie || (rest == tie && (half & 1U) != 0)) ? 1U : 0U;
+  return static_cast<uint16_t>(sign | half);
+}
+
+[[maybe_unused]] inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000U) << 16, e = (h >> 10) & 31U, m = h & 0x3ffU;
+  if (e == 31U) return bits_float(sign | 0x7f800000U | (m << 13));
+  if (e != 0) return bits_float(sign | ((e + 112U) << 23) | (m << 13));
+  const float v = static_cast<float>(m) * 5.9604644775390625e-08F;  // 2^-24, exact
+  return bits_float(float_bits(v) | sign);
+}
+
+[[maybe_unused]] inline float bfloat_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
+
+// float32 to bf16, round to nearest even; NaN stays NaN.
+[[maybe_unused]] inline uint16_t float_to_bfloat(float v) {
+  const uint32_t b = float_bits(v);
+  if ((b & 0x7fffffffU) > 0x7f800000U) return static_cast<uint16_t>((b >> 16) | 0x40U);
+  return static_cast<uint16_t>((b + 0x7fffU + ((b >> 16) & 1U)) >> 16);
+}
+
+}  // namespace

@@ -1,0 +1,135 @@
+// Policy "scalar": one lane. The same templates as every other level, in plain C++; the yardstick for all of them.
+//
+// A policy names the vector types and about thirty operations; kernels are templates over it. What each must provide
+// is listed here once; the other policies carry no second description.
+//
+//   I, F, Code            integer vector, float vector, level bytes in the form that dot() wants
+//   kLanes                floats (= dwords) per vector
+//   kAccumulators         integer accumulators that fit in registers beside tables and operands
+//   kProbMax              largest byte of a quantized probability (127 where the dot product is signed by signed)
+//   kKeyOffset            added to key levels in tables (128 where the dot product takes unsigned codes)
+//   kOperandDwords        dwords per four depths of a broadcast operand
+//   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
+//   look_up<Bits, Pos>    level bytes of the field at bit Pos of every byte
+//   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
+//   hadamard_in_lane      butterfly stages with strides kLanes/2 .. 1
+//   add_where_greater     acc + (a > b ? inc : 0)
+//   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
+//   load_element<dtype>   kLanes elements as floats
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "kvpack/types.h"
+#include "simd/half.h"
+
+namespace {
+
+struct Scalar {
+  using I = uint32_t;
+  using F = float;
+  using Code = uint32_t;
+  static constexpr int kLanes = 1, kAccumulators = 4, kProbMax = 255, kKeyOffset = 0, kOperandDwords = 1;
+
+  static I load_bytes(const uint8_t* p) {
+    I v;
+    std::memcpy(&v, p, 4);
+    return v;
+  }
+  static I splat(int32_t v) { return static_cast<I>(v); }
+  static I shift_right_16(I v, int n) { return ((v & 0xffffU) >> n) | (((v >> 16) >> n) << 16); }
+  template <int Mask>
+  static I select_bits(I a, I b) {
+    constexpr I m = 0x01010101U * static_cast<I>(Mask);
+    return (a & m) | (b & ~m);
+  }
+
+  struct TableBytes {
+    int8_t level[16];
+  };
+  template <int Bits>
+  using Table = TableBytes;
+  template <int Bits>
+  static constexpr TableBytes table_bytes(const int8_t* level, int offset) {
+    TableBytes t{};
+    for (int i = 0; i < (1 << Bits); ++i) t.level[i] = static_cast<int8_t>(level[i] + offset);
+    return t;
+  }
+  template <int Bits>
+  static Table<Bits> load_table(const TableBytes& t) {
+    return t;
+  }
+  template <int Bits, int Pos>
+  static I look_up(const Table<Bits>& t, I raw) {
+    I out = 0;
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t field = (raw >> (8 * e + Pos)) & ((1U << Bits) - 1);
+      out |= static_cast<I>(static_cast<uint8_t>(t.level[field])) << (8 * e);
+    }
+    return out;
+  }
+  static I flip_sign_bit(I v) { return v ^ 0x80808080U; }
+  static Code expand(I levels) { return levels; }
+
+  template <kvpack::Side>
+  static void pack_operand(const uint8_t* four, int32_t* out) {
+    std::memcpy(out, four, 4);
+  }
+  template <kvpack::Side S>
+  static I dot(I acc, Code code, const int32_t* operand) {
+    const auto w = static_cast<uint32_t>(*operand);
+    int32_t sum = 0;
+    for (int e = 0; e < 4; ++e) {
+      const auto c = static_cast<int32_t>(static_cast<int8_t>(code >> (8 * e)));
+      const auto byte = static_cast<uint8_t>(w >> (8 * e));
+      sum += c * (S == kvpack::Side::key ? static_cast<int32_t>(static_cast<int8_t>(byte)) : static_cast<int32_t>(byte));
+    }
+    return acc + static_cast<I>(sum);
+  }
+
+  static F load(const float* p) { return *p; }
+  static void store(float* p, F v) { *p = v; }
+  static F set1(float v) { return v; }
+  static F zero() { return 0.0F; }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F fma(F a, F b, F c) { return std::fma(a, b, c); }
+  static F div(F a, F b) { return a / b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F abs(F a) { return std::fabs(a); }
+  static F copy_sign(F magnitude, F sign) { return std::copysign(magnitude, sign); }
+  static F round_even(F a) { return std::nearbyint(a); }
+  static F truncate(F a) { return std::trunc(a); }
+  static F to_float(I v) { return static_cast<float>(static_cast<int32_t>(v)); }
+  static F scale_by_power(F a, F n) { return std::ldexp(a, static_cast<int>(n)); }
+  static F add_where_greater(F acc, F a, F b, F inc) { return a > b ? acc + inc : acc; }
+  static F zero_where_less(F v, F a, F b) { return a < b ? 0.0F : v; }
+  static float reduce_max(F v) { return v; }
+  static float reduce_add(F v) { return v; }
+  static F hadamard_in_lane(F v) { return v; }
+  static void store_low_bytes(uint8_t* p, F v) { *p = static_cast<uint8_t>(static_cast<int32_t>(v)); }
+  static void reduce_add_4(F a, F b, F c, F d, float* out) {
+    out[0] = a;
+    out[1] = b;
+    out[2] = c;
+    out[3] = d;
+  }
+  static void prefetch(const uint8_t*) {}
+
+  template <kvpack::Dtype T>
+  static F load_element(const uint8_t* p) {
+    if constexpr (T == kvpack::Dtype::f32) {
+      float v;
+      std::memcpy(&v, p, 4);
+      return v;
+    } else {
+      uint16_t bits;
+      std::memcpy(&bits, p, 2);
+      return T == kvpack::Dtype::f16 ? half_to_float(bits) : bfloat_to_float(bits);
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,247 @@
+"""Operator benchmarks: `attend` and `encode` against torch, in one process, interleaved.
+
+A decode step walks through the layers of a model, and a layer's cache is not in the processor's caches when its
+turn comes. So every contender owns `layers` copies of its data, enough to exceed them, and uses them in turn. A
+sample is one walk; samples of all contenders alternate, in rotating order, and ratios are formed within a round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .metrics import jsonable
+from .models import torch_dtype
+from .modes import Progress, no_progress
+from .speed import Spread
+
+TILE, PAGE_TILES, LINE = 64, 4, 64
+TORCH = "torch"
+#: Dense bytes that the copies of one contender must reach together.
+COLD_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class BenchShape:
+    """context: packed tokens, rounded up to whole pages; dtype: of torch's keys and values, and of the query."""
+
+    context: int = 4096
+    kv_heads: int = 8
+    group: int = 4
+    head_dim: int = 128
+    batch: int = 1
+    dtype: str = "bfloat16"
+
+    @property
+    def tokens(self) -> int:
+        page = TILE * PAGE_TILES
+        return -(-self.context // page) * page
+
+    @property
+    def dense_bytes(self) -> int:
+        size = torch.empty((), dtype=torch_dtype(self.dtype)).element_size()
+        return 2 * self.batch * self.kv_heads * self.tokens * self.head_dim * size
+
+    @property
+    def layers(self) -> int:
+        return max(1, min(32, -(-COLD_BYTES // self.dense_bytes)))
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """what: attend or encode. microseconds: per call (one layer). ratio: torch's time over this one's.
+
+    gigabytes_per_second: of what is read (attend: keys and values as stored; encode: the dense input).
+    """
+
+    what: str
+    codec: str
+    against: str
+    context: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    batch: int
+    dtype: str
+    threads: int
+    rounds: int
+    microseconds: Spread
+    ratio: Spread
+    gigabytes_per_second: float
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = jsonable(self)
+        return out
+
+
+@dataclass
+class _Contender:
+    codec: str
+    calls: list[Callable[[], Any]]
+    read: int
+
+
+def aligned_page(size: int) -> Tensor:
+    """uint8 [size] whose data begins at a multiple of 64 bytes."""
+    raw = torch.empty(size + LINE, dtype=torch.uint8)
+    start = -raw.data_ptr() % LINE
+    return raw[start : start + size]
+
+
+def _random(shape: BenchShape, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
+    dtype = torch_dtype(shape.dtype)
+    return (
+        torch.randn(size, generator=generator).to(dtype),
+        torch.randn(size, generator=generator).to(dtype),
+    )
+
+
+def codec_codes(codec: str, dtype: str) -> tuple[int, int]:
+    """The operators' codec codes of "tq4" or "tq4/tq3"."""
+    from kvpack import spec
+
+    key, _, value = codec.partition("/")
+    return int(spec.parse(key).code(dtype)), int(spec.parse(value or key).code(dtype))
+
+
+def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, precision: int) -> _Contender:
+    from kvpack import ops
+
+    key, value = codec_codes(codec, shape.dtype)
+    layout = ops.layout(key, shape.head_dim, value, shape.head_dim, shape.kv_heads)
+    size, pages = ops.page_bytes(layout), shape.tokens // (TILE * PAGE_TILES)
+    counts = torch.full((shape.tokens // TILE,), TILE, dtype=torch.int32)
+    scale = shape.head_dim**-0.5
+    calls: list[Callable[[], Any]] = []
+    for _ in range(shape.layers):
+        own = [[aligned_page(size) for _ in range(pages)] for _ in range(shape.batch)]
+        table = torch.tensor([[page.data_ptr() for page in row] for row in own], dtype=torch.int64)
+        ops.encode_pages(table, keys, values, 0, layout)
+
+        def call(table: Tensor = table, own: Any = own) -> Tensor:  # `own` keeps the pages alive
+            return ops.attend(
+                query,
+                table,
+                counts,
+                None,
+                None,
+                keys[:, :, :1],
+                values[:, :, :1],
+                None,
+                None,
+                None,
+                layout,
+                scale,
+                precision=precision,
+            )
+
+        calls.append(call)
+    return _Contender(codec, calls, size * pages * shape.batch)
+
+
+def _stock(shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor) -> _Contender:
+    calls: list[Callable[[], Any]] = []
+    for _ in range(shape.layers):
+        k, v = keys.clone(), values.clone()
+
+        def call(k: Tensor = k, v: Tensor = v) -> Tensor:
+            # The call that transformers makes for one query token without a mask.
+            return torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=shape.group > 1)
+
+        calls.append(call)
+    return _Contender(TORCH, calls, shape.dense_bytes)
+
+
+def _rounds(contenders: list[_Contender], rounds: int, tick: Callable[[int], None]) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in contenders]
+    for number in range(rounds + 1):
+        for i in range(len(contenders)):
+            at = (i + number) % len(contenders)
+            calls = contenders[at].calls
+            began = time.perf_counter()
+            for call in calls:
+                call()
+            if number:  # the first round warms up
+                times[at].append((time.perf_counter() - began) / len(calls))
+        tick(number)
+    return times
+
+
+def _rows_of(
+    what: str, against: str, shape: BenchShape, contenders: list[_Contender], times: list[list[float]]
+) -> list[BenchRow]:
+    return [
+        BenchRow(
+            what=what,
+            codec=contender.codec,
+            against=against,
+            context=shape.tokens,
+            kv_heads=shape.kv_heads,
+            group=shape.group,
+            head_dim=shape.head_dim,
+            batch=shape.batch,
+            dtype=shape.dtype,
+            threads=torch.get_num_threads(),
+            rounds=len(mine),
+            microseconds=Spread.of([t * 1e6 for t in mine]),
+            ratio=Spread.of([base / t for base, t in zip(times[0], mine, strict=True)]),
+            gigabytes_per_second=contender.read / Spread.of(mine).median / 1e9,
+        )
+        for contender, mine in zip(contenders, times, strict=True)
+    ]
+
+
+@torch.no_grad()
+def bench_attend(
+    codecs: Sequence[str],
+    shape: BenchShape,
+    *,
+    rounds: int = 10,
+    precision: int = 0,
+    progress: Progress = no_progress,
+) -> list[BenchRow]:
+    """One decode step of one layer: torch's attention first, then `attend` over each codec ("tq4", "tq4/tq3")."""
+    keys, values = _random(shape, 0)
+    query = torch.randn(shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim).to(keys.dtype)
+    contenders = [_stock(shape, query, keys, values)]
+    for i, codec in enumerate(codecs):
+        contenders.append(_packed(codec, shape, query, keys, values, precision))
+        progress(f"pack {shape.tokens} tokens", i + 1, len(codecs))
+    times = _rounds(contenders, rounds, lambda n: progress(f"attend {shape.tokens} tokens", n, rounds))
+    return _rows_of("attend", "scaled_dot_product_attention", shape, contenders, times)
+
+
+@torch.no_grad()
+def bench_encode(
+    codecs: Sequence[str], shape: BenchShape, *, rounds: int = 10, progress: Progress = no_progress
+) -> list[BenchRow]:
+    """Encoding one layer's keys and values into pages, against torch copying them, the least a cache must do."""
+    from kvpack import ops
+
+    sources = [_random(shape, seed) for seed in range(min(4, shape.layers))]
+    sinks = [torch.empty_like(keys) for keys, _ in sources]
+
+    def copy_call(i: int) -> Callable[[], Any]:
+        return lambda: (sinks[i].copy_(sources[i][0]), sinks[i].copy_(sources[i][1]))
+
+    contenders = [_Contender(TORCH, [copy_call(i) for i in range(len(sources))], shape.dense_bytes)]
+    for codec in codecs:
+        key, value = codec_codes(codec, shape.dtype)
+        layout = ops.layout(key, shape.head_dim, value, shape.head_dim, shape.kv_heads)
+        pages = shape.tokens // (TILE * PAGE_TILES)
+        own = [[aligned_page(ops.page_bytes(layout)) for _ in range(pages)] for _ in range(shape.batch)]
+        table = torch.tensor([[page.data_ptr() for page in row] for row in own], dtype=torch.int64)
+
+        def encode_call(i: int, table: Tensor = table, own: Any = own, layout: Any = layout) -> Callable[[], Any]:
+            return lambda: (own, ops.encode_pages(table, *sources[i], 0, layout))
+
+        contenders.append(_Contender(codec, [encode_call(i) for i in range(len(sources))], shape.dense_bytes))
+    times = _rounds(contenders, rounds, lambda n: progress(f"encode {shape.tokens} tokens", n, rounds))
+    return _rows_of("encode", "copy", shape, contenders, times)

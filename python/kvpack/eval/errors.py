@@ -1,0 +1,23 @@
+"""The named errors of measuring: each says what was asked, what stood in the way, and what is allowed."""
+
+from __future__ import annotations
+
+
+class MeasureError(RuntimeError):
+    """Base class: a measurement could not be made, and no number was produced."""
+
+
+class NothingPackedError(MeasureError):
+    """No scored query attended to a token that went through the codec: the run measured nothing about it."""
+
+
+class EmulationError(MeasureError):
+    """The model's attention cannot be replaced, so the modes `fake` and `emulated` do not exist for it."""
+
+
+class ModelUnavailableError(MeasureError):
+    """A model could not be fetched or loaded (offline, wrong checksum, missing package, unknown path)."""
+
+
+class TextUnavailableError(MeasureError):
+    """A text could not be found or is too short for the windows that were asked of it."""

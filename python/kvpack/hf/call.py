@@ -1,0 +1,157 @@
+"""What one `update` attends to: the layer as it stood before the call, and the call's own tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvpack import ops
+
+from . import padding
+
+if TYPE_CHECKING:
+    from .layer import PackedLayer
+
+KEY, VALUE = 0, 1
+_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Call:
+    """A snapshot that both handles of an `update` share.
+
+    It stays true while the layer appends: packed slots are written once, and the window buffer only beyond
+    the tokens seen here. Crop, reorder, select, repeat and reset change what is stored; they raise the layer's
+    epoch, and an older snapshot then refuses to answer.
+
+    exact: keys and values [B, Hkv, E, d] of the window (before the call) and of the call's own tokens. With
+    `whole`, they are all there is: the very tensors that the stock cache would return.
+    """
+
+    __slots__ = (
+        "epoch",
+        "exact",
+        "layer",
+        "length",
+        "packed",
+        "rows",
+        "sinks",
+        "tiles",
+        "told",
+        "whole",
+    )
+
+    def __init__(
+        self, layer: PackedLayer, exact: tuple[Tensor, Tensor], whole: bool, length: int, sink_count: int
+    ) -> None:
+        self.layer = layer
+        self.epoch = layer.epoch
+        self.exact = exact
+        self.whole = whole
+        self.told = False  # whether a fallback was counted
+        self.rows = layer.rows
+        self.length = length
+        self.tiles, self.packed = layer.table.tiles, layer.table.tokens
+        self.sinks: tuple[Tensor, Tensor] | None = None
+        if sink_count:
+            assert layer.sinks is not None
+            keys, values = layer.sinks
+            self.sinks = (keys[:, :, :sink_count], values[:, :, :sink_count])
+
+    def check(self) -> None:
+        """RuntimeError if the layer changed what this call refers to."""
+        if self.layer.epoch != self.epoch:
+            raise RuntimeError(
+                f"keys and values of layer {self.layer.index} were used after the cache was cropped, reordered, "
+                "selected, repeated or reset; take them from a new update() instead"
+            )
+
+    def dense(self, side: int) -> Tensor:
+        """Keys (0) or values (1) as the stock cache would return them, [B, Hkv, S, d], decoded."""
+        self.check()
+        exact = self.exact[side]
+        if self.whole:
+            return exact
+        stream = exact
+        if self.packed:
+            decoded = self._decode(side, exact.dtype)
+            stream = torch.cat((decoded, exact), dim=2)
+        if self.sinks is None:
+            return stream
+        return padding.in_order(self.sinks[side], stream, self.rows)
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Addresses, and counts of the tiles of this call.
+
+        Asked for at every use: growth and copy-on-write replace tensors and pages, and keep their content.
+        """
+        table = self.layer.table
+        assert table.addresses is not None and table.counts is not None
+        return table.addresses, table.counts[: self.tiles]
+
+    def _decode(self, side: int, dtype: torch.dtype) -> Tensor:
+        addresses, counts = self._tables()
+        fast = dtype if dtype in _FUSED_DTYPES else torch.float32
+        decoded = ops.decode_pages(addresses, counts, side, self.layer.layout, fast)
+        if torch.compiler.is_compiling():
+            torch._check(decoded.shape[2] == self.packed)  # a sum over values, which a trace cannot know
+        return decoded.to(dtype)
+
+    def obstacle(self, query: Tensor, dropout: float) -> str | None:
+        """Why a query cannot take the fused path, or None if it can."""
+        if dropout > 0.0:
+            return "dropout"
+        if torch.is_grad_enabled() and query.requires_grad:
+            return "gradients"
+        if query.dtype not in _FUSED_DTYPES or query.dtype != self.exact[KEY].dtype:
+            return f"query of {query.dtype}"
+        if query.dim() != 4 or query.shape[0] != self.exact[KEY].shape[0]:
+            return "query of another batch size"
+        return None
+
+    def attend(self, query: Tensor, n_rep: int, mask: Tensor | None, scale: float | None) -> Tensor:
+        """Fused attention of query [B, H, q, dk] over everything; result [B, H, q, dv].
+
+        H is a multiple of the KV heads. Transformers also passes one token of grouped query heads as
+        [B, Hkv, n_rep, dk]; where all rows of a head see the same positions, rows and grouped heads are the
+        same thing, and the second form lets the kernel decode a packed token once for all of them.
+        """
+        layer = self.layer
+        batch, heads, count, dim = query.shape
+        if mask is not None:
+            mask = padding.four_dims(mask)
+            if mask.shape[3] != self.length:
+                raise ValueError(
+                    f"layer {layer.index}: the attention mask has {mask.shape[3]} columns, "
+                    f"but the cache holds {self.length} positions"
+                )
+        fold = 1 < count == n_rep and heads == layer.layout[4]
+        if fold:
+            query = query.reshape(batch, heads * count, 1, dim)
+            if mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1):
+                mask = mask.expand(-1, heads, count, -1).reshape(mask.shape[0], heads * count, 1, -1)
+        sinks = self.sinks or (None, None)
+        exact = self.exact if self.exact[KEY].shape[2] else (None, None)
+        addresses, counts = self._tables()
+        out = ops.attend(
+            query,
+            addresses,
+            counts,
+            *sinks,
+            *exact,
+            self.rows,
+            mask,
+            None,
+            layer.layout,
+            dim**-0.5 if scale is None else scale,
+            precision=layer.precision,
+        )
+        return out.reshape(batch, heads, count, -1) if fold else out
+
+    def padding_mask(self) -> Tensor | None:
+        """[B, 1, 1, S], True for real positions, where the padding of the rows is known."""
+        if self.rows is None:
+            return None
+        position = torch.arange(self.length, device=self.rows.device)
+        return (position >= self.rows[:, :1])[:, None, None, :]

@@ -1,0 +1,93 @@
+"""What can be wrong with keys and values, and the errors that say so."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from kvpack import ops
+from kvpack.spec import CodecSpec
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_SIDES = ("key", "value")
+
+
+def layout(index: int, specs: tuple[CodecSpec, CodecSpec], keys: Tensor, values: Tensor) -> list[int]:
+    """The layout list for a layer's first keys and values; ValueError for what cannot be packed."""
+    where = f"layer {index}"
+    for name, x in zip(_SIDES, (keys, values), strict=True):
+        if x.dim() != 4:
+            raise ValueError(f"{where}: {name}s have {x.dim()} dims; allowed: 4, [batch, KV heads, tokens, head size]")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"{where}: {name}s of shape {list(x.shape)} are empty; allowed: 1 or more rows and heads")
+        if x.dtype not in DTYPES and x.dtype != torch.float64:
+            raise ValueError(
+                f"{where}: {name}s are {x.dtype}; allowed: torch.float32, torch.float16, torch.bfloat16 "
+                "and, without the fused path, torch.float64"
+            )
+        if x.device.type != "cpu":
+            raise ValueError(f"{where}: {name}s are on {x.device}; allowed: the CPU in this release")
+    if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+        raise mismatch(index, keys, values)
+    codes = []
+    for name, spec in zip(_SIDES, specs, strict=True):
+        if spec.name == "exact" and keys.dtype not in DTYPES:
+            raise ValueError(f"{where}: codec exact ({name}) holds float32, float16 or bfloat16; got {keys.dtype}")
+        codes.append(spec.code(DTYPES.get(keys.dtype, "float32")))
+    try:
+        return ops.layout(codes[0], keys.shape[3], codes[1], values.shape[3], keys.shape[1])
+    except ValueError as error:
+        raise ValueError(
+            f"{where} cannot be packed (key head size {keys.shape[3]}, value head size {values.shape[3]}): {error}"
+        ) from error
+
+
+def mismatch(index: int, keys: Tensor, values: Tensor) -> ValueError:
+    return ValueError(
+        f"layer {index}: keys {list(keys.shape)} {keys.dtype} and values {list(values.shape)} {values.dtype} "
+        "differ in more than their head size; allowed: the same rows, KV heads, tokens and dtype"
+    )
+
+
+def change(index: int, keys: Tensor, values: Tensor, expected: tuple[object, ...]) -> ValueError:
+    """The error for keys and values that do not continue what the layer holds."""
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+        return mismatch(index, keys, values)
+    batch, heads, key_dim, value_dim, dtype = expected
+    return ValueError(
+        f"layer {index}: keys {list(keys.shape)} and values {list(values.shape)} of {keys.dtype} do not continue "
+        f"this cache, which holds {batch} rows, {heads} KV heads, head sizes {key_dim} (key) and {value_dim} "
+        f"(value), {dtype}; reset() it or make a new one"
+    )
+
+
+def replace_nonfinite() -> bool:
+    """Whether KVPACK_NONFINITE=zero asks for non-finite values to be replaced; ValueError for another word."""
+    word = os.environ.get("KVPACK_NONFINITE", "error")
+    if word not in ("error", "zero"):
+        raise ValueError(f"KVPACK_NONFINITE={word!r} is not allowed: error (default) or zero")
+    return word == "zero"
+
+
+def first_nonfinite(tokens: Tensor) -> tuple[int, int, int, float] | None:
+    """(row, head, token, value) of the first value of [B, H, n, d] that is NaN or Inf."""
+    found = (~torch.isfinite(tokens)).nonzero()
+    if found.shape[0] == 0:
+        return None
+    b, h, t, d = found[0].tolist()
+    return b, h, t, float(tokens[b, h, t, d])
+
+
+def repeated(stored: Tensor, again: Tensor) -> bool:
+    """Whether keys [B, H, n, d] come again, up to what another matrix size does to the last bits."""
+    a, b = stored.float(), again.float()
+    return bool((a - b).norm() <= 2e-3 * a.norm())
+
+
+REPEATED = (
+    "the whole prompt arrived a second time, with the same keys at the same positions: a model that is called "
+    "with a cache and use_cache=False appends everything it has seen on every step, and its output is wrong. "
+    "Pass use_cache=True, or no cache; after a finished text, call cache.reset() first"
+)

@@ -1,0 +1,226 @@
+"""Packed storage of one layer: pages, and the table through which kernels find them.
+
+    row 0: [page][page][page]        a page: 4 tiles of 64 tokens, all KV heads, one uint8 tensor
+    row 1: [page][page][page]        rows, forks and beams may hold the same page
+
+Pages are shared without reference counts. A page knows how many of its slots were ever written (`filled`),
+and a table may write slot s of its last page in place only while `filled == s`. Otherwise another owner has
+been there, or the slot held tokens that a crop removed: the table then takes a copy of the slots it uses.
+Slots that were written once are never written again, so whoever shares a page keeps reading what it read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpack import ops
+from kvpack.ops import PAGE_TILES, TILE
+
+_FIRST_PAGES = 4  # pages a fresh table has room for
+
+
+def normal_mode() -> AbstractContextManager[None]:
+    """Make ordinary tensors even inside `torch.inference_mode`.
+
+    Buffers outlive the call that made them and are written in place later, perhaps outside that mode, which
+    torch refuses for tensors born inside it.
+    """
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
+
+
+class Page:
+    """One page: `data`, uint8 [page_bytes], 64-byte aligned, and `filled`, the slots ever written (0..4)."""
+
+    __slots__ = ("data", "filled")
+
+    def __init__(self, data: Tensor, filled: int = 0) -> None:
+        self.data = data
+        self.filled = filled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Page:
+        return self  # a deep copy of a cache shares pages: see the module's rule
+
+
+class PageTable:
+    """The pages of one layer: a list per batch row, their addresses, and tokens per tile.
+
+    addresses: int64 [B, P], `addresses[b, t // 4]` is the page with tile t of row b. P grows geometrically.
+    counts: int32 [4 * P], tokens of each tile, the same for all rows: 64 except where a crop cut.
+    tiles, tokens: how many are in use, per row.
+    """
+
+    def __init__(self) -> None:
+        self.layout: list[int] = []
+        self.rows: list[list[Page]] = []
+        self.addresses: Tensor | None = None
+        self.counts: Tensor | None = None
+        self.tiles = 0
+        self.tokens = 0
+        self._cut: dict[int, int] = {}  # tokens of the tiles that a crop cut
+
+    def start(self, layout: Sequence[int], batch: int, device: torch.device) -> None:
+        """Forget everything and begin an empty table for `batch` rows of this layout."""
+        self.layout = list(layout)
+        self.rows = [[] for _ in range(batch)]
+        self.tiles = self.tokens = 0
+        self._cut = {}
+        with normal_mode():
+            self.addresses = torch.zeros((batch, _FIRST_PAGES), dtype=torch.int64, device=device)
+            self.counts = torch.full((_FIRST_PAGES * PAGE_TILES,), TILE, dtype=torch.int32, device=device)
+
+    def clear(self) -> None:
+        """Let go of all pages and buffers."""
+        self.rows, self.addresses, self.counts = [], None, None
+        self.tiles = self.tokens = 0
+        self._cut = {}
+
+    def reserve(self, tiles: int) -> tuple[Tensor, Tensor]:
+        """Addresses and counts with room for `tiles` tiles; both may be new tensors."""
+        addresses, counts = self.addresses, self.counts
+        assert addresses is not None and counts is not None
+        batch, room = addresses.shape
+        pages = -(-tiles // PAGE_TILES)
+        if pages > room:
+            more = max(pages, 2 * room)
+            with normal_mode():
+                grown = torch.zeros((batch, more), dtype=torch.int64, device=addresses.device)
+                full = torch.full((more * PAGE_TILES,), TILE, dtype=torch.int32, device=addresses.device)
+            grown[:, :room] = addresses
+            full[: room * PAGE_TILES] = counts
+            self.addresses = addresses = grown
+            self.counts = counts = full
+        return addresses, counts
+
+    def write(self, addresses: Tensor, keys: Tensor, values: Tensor, first_tile: int) -> None:
+        """Encode whole tiles from `first_tile` on, allocating pages and copying shared ones.
+
+        addresses: `self.addresses`, or under torch.compile the tensor that stands for it.
+        keys, values: [B, kv_heads, 64 * n, head size].
+
+        `tiles` and `tokens` stay as they are: a caller that sees no error raises them with `grew`. After an
+        error the table holds what it held before.
+        """
+        first_page, slot = divmod(first_tile, PAGE_TILES)
+        end = first_tile + keys.shape[2] // TILE
+        last_page = -(-end // PAGE_TILES)
+        kept = first_page + (slot > 0)
+        size = ops.page_bytes(self.layout)
+        numbers = []
+        for row in self.rows:
+            del row[kept:]
+            if slot and row[first_page].filled != slot:
+                row[first_page] = self._copy(row[first_page], slot)
+            while len(row) < last_page:
+                row.append(Page(torch.empty(size, dtype=torch.uint8, device=keys.device)))
+            for p in range(first_page, last_page):  # at once: the next row may hold the same page
+                row[p].filled = min(PAGE_TILES, end - p * PAGE_TILES)
+            numbers.append([page.data.data_ptr() for page in row[first_page:last_page]])
+        addresses[:, first_page:last_page] = torch.tensor(numbers, dtype=torch.int64, device=addresses.device)
+        try:
+            ops.encode_pages(addresses, keys, values, first_tile, self.layout)
+        except Exception:
+            for row in self.rows:
+                del row[kept:]
+            raise
+
+    def grew(self, tiles: int) -> None:
+        """Take `tiles` freshly written tiles into use."""
+        self.tiles += tiles
+        self.tokens += tiles * TILE
+
+    def _copy(self, page: Page, slots: int) -> Page:
+        heads, record = self.layout[4], ops.record_bytes(self.layout)
+        data = torch.empty_like(page.data)
+        shape = (heads, PAGE_TILES, record)
+        data.view(shape)[:, :slots] = page.data.view(shape)[:, :slots]
+        return Page(data, slots)
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens of each row, whole tiles and the head of one more."""
+        if self.counts is None:
+            return
+        excess = self.tokens - tokens
+        while excess > 0:
+            last = self.tiles - 1
+            count = self._cut.pop(last, TILE)
+            if count <= excess:
+                self.tiles, left, gone = last, TILE, count  # a later tile in this place starts full
+            else:
+                gone = excess
+                self._cut[last] = left = count - gone
+            self.counts[last] = left
+            self.tokens -= gone
+            excess -= gone
+        pages = -(-self.tiles // PAGE_TILES)
+        for row in self.rows:
+            del row[pages:]
+
+    def select(self, index: Sequence[int]) -> None:
+        """Make row i the former row `index[i]`; rows may repeat and share their pages."""
+        if self.addresses is None:
+            return
+        self.rows = [list(self.rows[i]) for i in index]
+        with normal_mode():
+            wanted = torch.tensor(index, dtype=torch.int64, device=self.addresses.device)
+            self.addresses = self.addresses.index_select(0, wanted)
+
+    def to(self, device: torch.device) -> None:
+        """Move pages and tables to a device; pages that rows share stay shared, other caches keep theirs."""
+        if self.addresses is None or self.counts is None or self.addresses.device == device:
+            return
+        moved: dict[int, Page] = {}
+        for row in self.rows:
+            for p, page in enumerate(row):
+                if id(page) not in moved:
+                    moved[id(page)] = Page(page.data.to(device), page.filled)
+                row[p] = moved[id(page)]
+        self.counts = self.counts.to(device)
+        self.addresses = self.addresses.to(device)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Write the addresses of all pages anew."""
+        assert self.addresses is not None
+        self.addresses.zero_()
+        for b, row in enumerate(self.rows):
+            for p, page in enumerate(row):
+                self.addresses[b, p] = page.data.data_ptr()
+
+    def slots_in_use(self) -> dict[int, tuple[Page, int]]:
+        """Per page (by identity): the page, and how many of its slots this table uses."""
+        return {
+            id(page): (page, min(PAGE_TILES, self.tiles - p * PAGE_TILES))
+            for row in self.rows
+            for p, page in enumerate(row)
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
+        other = PageTable()
+        memo[id(self)] = other
+        other.layout = list(self.layout)
+        other.rows = [list(row) for row in self.rows]
+        other.tiles, other.tokens, other._cut = self.tiles, self.tokens, dict(self._cut)
+        with normal_mode():
+            other.addresses = None if self.addresses is None else self.addresses.clone()
+            other.counts = None if self.counts is None else self.counts.clone()
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        rows = [[(page.data, page.filled) for page in row] for row in self.rows]
+        return {**self.__dict__, "rows": rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        shared: dict[int, Page] = {}  # the unpickler restores one tensor object per shared page
+        self.rows = [
+            [shared.setdefault(id(data), Page(data, filled)) for data, filled in row] for row in state["rows"]
+        ]
+        if self.addresses is not None:
+            self._refresh()  # the old addresses belong to another process

@@ -1,0 +1,40 @@
+"""Operator ``kvpack::decode``: the canonical bytes of whole tiles back to vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library, _tables, _tiles
+
+SCHEMA = "decode(Tensor packed, int codec, int side, int tokens, int head_dim, ScalarType dtype) -> Tensor"
+
+
+def _shape(
+    packed: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype
+) -> list[int]:
+    if packed.dtype != torch.uint8 or packed.dim() < 2:
+        raise ValueError(f"packed is {packed.dtype} {list(packed.shape)}; allowed: uint8 [..., tiles, bytes]")
+    _tables.check_dtype(dtype, "the result")
+    size = _tables.sections(codec, _tables.check_head_dim(head_dim), side).total
+    if packed.shape[-1] != size:
+        raise ValueError(f"packed has {packed.shape[-1]} bytes per tile; allowed for this codec: {size}")
+    tiles = packed.shape[-2]
+    if tokens < 0 or tokens > tiles * _tables.TILE:
+        raise ValueError(f"tokens is {tokens}; allowed for {tiles} tiles: 0..{tiles * _tables.TILE}")
+    return [*packed.shape[:-2], tokens, head_dim]
+
+
+def fake(packed: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(_shape(packed, codec, side, tokens, head_dim, dtype), dtype=dtype)
+
+
+def default(packed: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    shape = _shape(packed, codec, side, tokens, head_dim, dtype)
+    sizes = _tables.sections(codec, head_dim, side)
+    whole = _tiles.decode_tiles(packed, _tables.parse_code(codec), side, head_dim, sizes)
+    flat = whole.reshape(*shape[:-2], packed.shape[-2] * _tables.TILE, head_dim)[..., :tokens, :]
+    return flat.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+OP = _library.register(SCHEMA, fake, default)

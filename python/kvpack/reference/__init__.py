@@ -1,0 +1,68 @@
+"""The specification of kvpack in NumPy: what every backend is tested against. Depends on numpy only.
+
+    codebooks   levels, units and thresholds of the Lloyd-Max codecs, and where they come from
+    rotation    the randomized Hadamard rotation
+    quantize    vectors <-> codes and scales; the table of codecs
+    packing     codes and scales <-> canonical bytes of one tile
+    codec       tokens <-> tiles, records and pages of canonical bytes
+    attention   attention over decoded tokens; which stored token sits at which position
+    window      how many tokens are packed before a call
+
+Two precisions. *Encoding* is specified in float32, operation by operation: codes, scales and bytes of every
+backend equal these exactly. *Decoding and attention* are specified in float64: backends come close to these.
+"""
+
+from .attention import attend, positions, sink_start
+from .codebooks import CODEBOOKS, Codebook, distortion, lloyd_max
+from .codec import (
+    codec_code,
+    decode,
+    encode,
+    join_pages,
+    join_record,
+    names,
+    page_bytes,
+    record_bytes,
+    sections,
+    side_bytes,
+    split_pages,
+    split_record,
+)
+from .packing import SIDES, TILE
+from .quantize import CODECS, HEAD_SIZES, SCALE_RULES, dequantize, quantize
+from .rotation import fwht, rotate, sign_words, signs
+from .window import packed_tokens
+
+__all__ = [
+    "CODEBOOKS",
+    "CODECS",
+    "HEAD_SIZES",
+    "SCALE_RULES",
+    "SIDES",
+    "TILE",
+    "Codebook",
+    "attend",
+    "codec_code",
+    "decode",
+    "dequantize",
+    "distortion",
+    "encode",
+    "fwht",
+    "join_pages",
+    "join_record",
+    "lloyd_max",
+    "names",
+    "packed_tokens",
+    "page_bytes",
+    "positions",
+    "quantize",
+    "record_bytes",
+    "rotate",
+    "sections",
+    "side_bytes",
+    "sign_words",
+    "signs",
+    "sink_start",
+    "split_pages",
+    "split_record",
+]

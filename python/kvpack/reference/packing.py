@@ -1,0 +1,174 @@
+"""Canonical bytes of one side of a tile: where each code and scale of 64 tokens goes (format version 1).
+
+    side of a tile = [scales][mean][codes]                     mean: 0 bytes in this version
+
+Scales are fp16, little endian, block major: [scale block][token].
+
+Codes lie as a dot product reads them. The *lane* axis runs across a vector register, the *depth* axis is
+summed over: keys (scores: sum over dims) have lane = token and depth = dim, values (output: sum over tokens)
+have lane = dim and depth = token. Depth is cut into dwords of 4, and `dwords` of them, different for each
+width, into a unit:
+
+    superblock  of 64 lanes, outermost (the last one of a head size that is no multiple of 64 has fewer)
+    unit        of 4 * dwords depth steps
+    lane block  of 16 lanes
+    plane       3 for 3-bit codes, else 1
+    line        64 bytes: [lane in block][depth % 4]
+
+A byte of a line holds codes of one lane: those at the same depth % 4 in every dword j of the unit:
+
+    8 bit  the code                      (1 dword)
+    4 bit  code_j << 4 j                 (2 dwords)
+    2 bit  code_j << 2 j                 (4 dwords)
+    3 bit  plane p: code_2p | code_2p+1 << 3 | (bits 2p, 2p+1 of w) << 6    (8 dwords)
+           where w = code_6 | code_7 << 3
+
+`exact` keeps whole elements: keys [dim][token], values [token][dim], little endian.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "SIDES",
+    "TILE",
+    "pack_codes",
+    "pack_elements",
+    "pack_scales",
+    "unpack_codes",
+    "unpack_elements",
+    "unpack_scales",
+]
+
+U8 = NDArray[np.uint8]
+
+TILE = 64
+"""Tokens of a tile."""
+
+SIDES = ("key", "value")
+"""The position in this tuple is the side's number."""
+
+_DWORDS = {8: 1, 4: 2, 3: 8, 2: 4}
+_PLANES = {8: 1, 4: 1, 3: 3, 2: 1}
+
+
+def check_side(side: str) -> None:
+    """ValueError unless side is "key" or "value"."""
+    if side not in SIDES:
+        raise ValueError(f"side {side!r} is not one of {', '.join(SIDES)}")
+
+
+def _check(bits: int, side: str, d: int) -> None:
+    check_side(side)
+    if bits not in _DWORDS:
+        raise ValueError(f"{bits} bits per code are not supported; supported: 8, 4, 3, 2")
+    if d < 16 or d % 16:
+        raise ValueError(f"head size {d} is not a multiple of 16")
+    unit = 4 * _DWORDS[bits]
+    if side == "key" and d % unit:  # the depth of values is the 64 tokens
+        raise ValueError(f"head size {d} is not a multiple of {unit}, which {bits}-bit key codes need")
+
+
+def _fields_to_planes(codes: U8, bits: int) -> U8:
+    """uint8 [..., dwords, 4] codes -> [..., planes, 4] bytes."""
+    if bits == 3:
+        w = codes[..., 6, :] | codes[..., 7, :] << 3
+        planes = [
+            codes[..., 2 * p, :] | codes[..., 2 * p + 1, :] << 3 | (w >> 2 * p & 3) << 6 for p in range(3)
+        ]
+        return np.stack(planes, axis=-2)
+    whole: U8 = codes[..., 0, :]
+    for j in range(1, _DWORDS[bits]):
+        whole = whole | codes[..., j, :] << np.uint8(bits * j)
+    return whole[..., None, :]
+
+
+def _planes_to_fields(planes: U8, bits: int) -> U8:
+    """The inverse of _fields_to_planes."""
+    if bits == 3:
+        w = planes[..., 0, :] >> 6 | planes[..., 1, :] >> 6 << 2 | planes[..., 2, :] >> 6 << 4
+        fields = [planes[..., j // 2, :] >> 3 * (j % 2) & 7 for j in range(6)] + [w & 7, w >> 3]
+    else:
+        fields = [planes[..., 0, :] >> bits * j & (1 << bits) - 1 for j in range(_DWORDS[bits])]
+    return np.stack(fields, axis=-2)
+
+
+def pack_codes(codes: U8, bits: int, side: str) -> U8:
+    """uint8 [..., 64 tokens, d] codes of a tile -> uint8 [..., 8 * d * bits] canonical bytes.
+
+    d: a multiple of 16; 3-bit keys need a multiple of 32. ValueError for other sizes and for larger codes.
+    """
+    tokens, d = codes.shape[-2:]
+    _check(bits, side, d)
+    if tokens != TILE:
+        raise ValueError(f"a tile has {TILE} tokens, not {tokens}")
+    if codes.size and int(codes.max()) >> bits:
+        raise ValueError(f"code {int(codes.max())} has more than {bits} bits")
+    lead = codes.shape[:-2]
+    lanes = codes if side == "key" else np.swapaxes(codes, -1, -2)  # [..., lane, depth]
+    out = []
+    for first in range(0, lanes.shape[-2], 64):
+        block = lanes[..., first : first + 64, :]
+        units = block.shape[-1] // (4 * _DWORDS[bits])
+        fields = block.reshape(*lead, block.shape[-2] // 16, 16, units, _DWORDS[bits], 4)
+        # [..., lane block, lane, unit, plane, byte] -> [..., unit, lane block, plane, lane, byte]
+        lines = np.moveaxis(_fields_to_planes(fields, bits), (-3, -5, -2, -4), (-5, -4, -3, -2))
+        out.append(lines.reshape(*lead, block.shape[-2] * block.shape[-1] * bits // 8))
+    return np.concatenate(out, axis=-1)
+
+
+def unpack_codes(packed: U8, bits: int, side: str, d: int) -> U8:
+    """The inverse of pack_codes: uint8 [..., 8 * d * bits] -> uint8 [..., 64 tokens, d]."""
+    _check(bits, side, d)
+    if packed.shape[-1] != TILE * d * bits // 8:
+        raise ValueError(
+            f"{packed.shape[-1]} bytes are not the {TILE * d * bits // 8} of {bits}-bit codes, head size {d}"
+        )
+    lead = packed.shape[:-1]
+    lanes, depth = (TILE, d) if side == "key" else (d, TILE)
+    units = depth // (4 * _DWORDS[bits])
+    out, start = [], 0
+    for first in range(0, lanes, 64):
+        width = min(64, lanes - first)
+        size = width * depth * bits // 8
+        lines = packed[..., start : start + size].reshape(*lead, units, width // 16, _PLANES[bits], 16, 4)
+        planes = np.moveaxis(lines, (-5, -4, -3, -2), (-3, -5, -2, -4))
+        out.append(_planes_to_fields(planes, bits).reshape(*lead, width, depth))
+        start += size
+    codes = np.concatenate(out, axis=-2)
+    return codes if side == "key" else np.swapaxes(codes, -1, -2)
+
+
+def pack_scales(scales: NDArray[np.float16]) -> U8:
+    """float16 [..., 64 tokens, blocks] -> uint8 [..., 128 * blocks]: block major."""
+    return _to_bytes(np.swapaxes(scales, -1, -2).astype("<f2"))
+
+
+def unpack_scales(packed: U8) -> NDArray[np.float16]:
+    """The inverse of pack_scales: uint8 [..., 128 * blocks] -> float16 [..., 64 tokens, blocks]."""
+    blocks = packed.shape[-1] // (2 * TILE)
+    scales = np.ascontiguousarray(packed).view("<f2").astype(np.float16)
+    return np.swapaxes(scales.reshape(*packed.shape[:-1], blocks, TILE), -1, -2)
+
+
+def pack_elements(x: NDArray[Any], side: str) -> U8:
+    """Whole elements [..., 64 tokens, d] of 2 or 4 bytes -> uint8 [..., 64 * d * itemsize]."""
+    check_side(side)
+    order = np.swapaxes(x, -1, -2) if side == "key" else x
+    return _to_bytes(order.astype(x.dtype.newbyteorder("<")))
+
+
+def unpack_elements(packed: U8, side: str, d: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The inverse of pack_elements: [..., 64 tokens, d] of `dtype`."""
+    check_side(side)
+    shape = (d, TILE) if side == "key" else (TILE, d)
+    elements = np.ascontiguousarray(packed).view(dtype.newbyteorder("<")).astype(dtype)
+    x = elements.reshape(*packed.shape[:-1], *shape)
+    return np.swapaxes(x, -1, -2) if side == "key" else x
+
+
+def _to_bytes(x: NDArray[Any]) -> U8:
+    """[..., rows, columns] of elements -> uint8 [..., rows * columns * itemsize]."""
+    return np.ascontiguousarray(x).reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]).view(np.uint8)

@@ -1,0 +1,132 @@
+"""encode_pages and decode_pages against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvpack import ops, reference
+
+from .helpers import DEFAULT, DTYPES, Implementation, code, make_cache, new_page, numpy
+
+PAIRS = [("tq4", "tq3"), ("q8_0", "tq2"), ("exact", "q4_0"), ("tq3", "exact"), ("tq4", "tq4")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("key", "value"), PAIRS)
+def test_pages_hold_the_bytes_of_the_reference(
+    impl: Implementation, key: str, value: str, dtype: str
+) -> None:
+    counts = (64,) * 6
+    cache = make_cache(
+        key, value, key_dim=128, value_dim=64, batch=2, counts=counts, dtype=dtype, encode=impl.encode_pages
+    )
+    sides = [
+        reference.encode(numpy(x if name == "exact" else x.float()), name, side=side)
+        for x, name, side in ((cache.keys, key, "key"), (cache.values, value, "value"))
+    ]
+    sizes = (reference.sections(key, 128, dtype), reference.sections(value, 64, dtype))
+    records = reference.join_record(sides[0], sides[1], sizes[0], sizes[1])
+    unused = ops.PAGE_TILES * 2 - len(counts)
+    for row in range(2):
+        want = reference.join_pages(records[row])
+        got = np.stack([cache.page(row, page).numpy() for page in range(2)])
+        view = got.reshape(2, 2, ops.PAGE_TILES, -1)
+        assert (view[1, :, -unused:] == 0xA5).all()  # nothing but the tiles was written
+        view[1, :, -unused:] = 0
+        np.testing.assert_array_equal(got, want)
+
+
+def test_first_tile_and_strides(impl: Implementation) -> None:
+    whole = make_cache(counts=(64,) * 7, batch=2)
+    parts = make_cache(counts=(64,) * 7, batch=2, encode=lambda *_: None)
+    for first, last in ((0, 1), (1, 6), (6, 7)):
+        keys, values = (
+            x[:, :, 64 * first : 64 * last].transpose(1, 2).contiguous().transpose(1, 2)
+            for x in (whole.keys, whole.values)
+        )
+        impl.encode_pages(parts.table, keys, values, first, parts.layout)
+    for a, b in zip(whole.memory, parts.memory, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_tiles_write_nothing(impl: Implementation) -> None:
+    cache = make_cache(counts=(64,) * 4)
+    before = cache.page(0, 0).clone()
+    impl.encode_pages(cache.table, cache.keys[:, :, :0], cache.values[:, :, :0], 4, cache.layout)
+    assert torch.equal(cache.page(0, 0), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("key", "value"), PAIRS)
+def test_decode_pages(impl: Implementation, key: str, value: str, dtype: str) -> None:
+    cache = make_cache(
+        key, value, key_dim=64, value_dim=128, batch=2, counts=(64, 10, 64, 64, 0, 33), dtype=dtype
+    )
+    assert cache.packed is not None
+    for side in (0, 1):
+        for target in DTYPES.values():
+            got = impl.decode_pages(cache.table, cache.counts, side, cache.layout, target)
+            assert got.dtype == target
+            assert got.is_contiguous()
+            want = torch.from_numpy(cache.packed[side])
+            torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(target).eps, atol=2e-6)
+
+
+def test_decode_pages_of_nothing(impl: Implementation) -> None:
+    cache = make_cache(counts=(), batch=3, spare_pages=0, heads=2)
+    assert cache.table.shape == (3, 0)
+    got = impl.decode_pages(cache.table, cache.counts, 0, cache.layout, torch.float16)
+    assert got.shape == (3, 2, 0, 128)
+    spare = make_cache(counts=(), spare_pages=1)
+    assert impl.decode_pages(spare.table, spare.counts, 1, spare.layout, torch.float32).shape == (
+        1,
+        2,
+        0,
+        128,
+    )
+
+
+def test_rows_may_share_pages(impl: Implementation) -> None:
+    cache = make_cache(counts=(64, 64), batch=1)
+    shared = cache.table.repeat(3, 1)
+    got = impl.decode_pages(shared, cache.counts, 0, cache.layout, torch.float32)
+    one = impl.decode_pages(cache.table, cache.counts, 0, cache.layout, torch.float32)
+    assert torch.equal(got, one.expand(3, -1, -1, -1))
+
+
+@pytest.mark.parametrize("address", [0, -64, 8])
+def test_bad_addresses(impl: Implementation, address: int) -> None:
+    cache = make_cache(counts=(64,) * 5, batch=2)
+    table = cache.table.clone()
+    table[1, 1] = address
+    pages = [page.clone() for page in cache.memory]
+    with pytest.raises(ValueError, match=str(address)):
+        impl.encode_pages(table, cache.keys + 1, cache.values, 0, cache.layout)
+    with pytest.raises(ValueError, match=str(address)):
+        impl.decode_pages(table, cache.counts, 0, cache.layout, torch.float32)
+    for page, before in zip(cache.memory, pages, strict=True):
+        assert torch.equal(page, before)  # all addresses are checked before the first write
+    # A page that no tile needs is not looked at.
+    impl.decode_pages(table, cache.counts[:4], 0, cache.layout, torch.float32)
+
+
+def test_bad_token_is_named(impl: Implementation) -> None:
+    cache = make_cache(counts=(64, 64))
+    values = cache.values.clone()
+    values[0, 1, 100, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"value.*100"):
+        impl.encode_pages(cache.table, cache.keys, values, 0, cache.layout)
+
+
+def test_public_functions() -> None:
+    layout = ops.layout(code("tq4"), 64, code("tq4"), 64, 1)
+    page = new_page(layout)
+    table = torch.tensor([[page.data_ptr()]])
+    x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(5))
+    ops.encode_pages(table, x, x, 0, layout)
+    counts = torch.tensor([64], dtype=torch.int32)
+    got = ops.decode_pages(table, counts, 0, layout, torch.float32)
+    want = DEFAULT.decode(DEFAULT.encode(x, code("tq4"), 0), code("tq4"), 0, 64, 64, torch.float32)
+    torch.testing.assert_close(got, want)

@@ -1,0 +1,218 @@
+"""Tokens to canonical bytes and back: sizes, tails, `exact`, records, pages, and the golden bytes."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from kvpack import reference
+from kvpack.reference import (
+    CODECS,
+    SIDES,
+    codec_code,
+    decode,
+    dequantize,
+    encode,
+    join_pages,
+    join_record,
+    names,
+    page_bytes,
+    quantize,
+    record_bytes,
+    sections,
+    side_bytes,
+    split_pages,
+    split_record,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def gaussian(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+
+
+def load_make() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kvpack_golden_make", GOLDEN / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", names())
+def test_golden_bytes(name: str) -> None:
+    made = load_make().golden(name)
+    with np.load(GOLDEN / f"{name}.npz") as stored:
+        assert set(stored.files) == set(made)
+        for key in stored.files:
+            np.testing.assert_array_equal(made[key], stored[key], err_msg=key)
+
+
+def test_golden_files_are_small_and_complete() -> None:
+    files = sorted(GOLDEN.glob("*.npz"))
+    assert [file.stem for file in files] == sorted(names())
+    assert sum(file.stat().st_size for file in files) <= 100_000
+
+
+def test_golden_input_is_pinned() -> None:
+    x = load_make().inputs(64)
+    assert x.dtype == np.float32
+    assert x.shape == (2, 150, 64)
+    # Token 0: 2^-26 times (sum of the fields - 131070).
+    assert (x[0, 0, :3] * 2.0**26).tolist() == [53641, 23049, -61222]
+
+
+def test_sizes() -> None:
+    assert names() == ["exact", "q8_0", "q4_0", "tq2", "tq3", "tq4"]
+    assert sections("tq3", 128) == (128, 0, 3072)
+    assert sections("q8_0", 128) == (512, 0, 8192)
+    assert sections("q4_0", 64) == (256, 0, 2048)
+    assert [sections("exact", 64, dtype)[2] for dtype in ("float32", "float16", "bfloat16")] == [
+        16384,
+        8192,
+        8192,
+    ]
+    for name in names():
+        for d in (64, 128, 256):
+            assert all(size % 64 == 0 for size in sections(name, d))
+            assert side_bytes(name, d, "key") == side_bytes(name, d, "value") == sum(sections(name, d))
+    with pytest.raises(ValueError, match="head size 80 is not supported"):
+        side_bytes("tq4", 80, "key")
+    with pytest.raises(ValueError, match="dtype 'float64' is not one of float32, float16, bfloat16"):
+        side_bytes("exact", 64, "key", "float64")
+
+
+def test_codec_codes() -> None:
+    assert codec_code("exact") == 0
+    assert codec_code("exact", dtype="bfloat16") == 2 << 16
+    assert codec_code("q8_0", dtype="bfloat16") == 1
+    assert codec_code("tq2") == 3 | 1 << 8
+    assert codec_code("tq4", "stored") == 5
+    assert codec_code("tq3", "unbiased", "float16") == 4 | 3 << 8
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 128])
+def test_any_number_of_tokens(name: str, side: str, tokens: int) -> None:
+    x = gaussian(2, 3, tokens, 64)
+    packed = encode(x, name, side=side)
+    tiles = -(-tokens // 64)
+    assert packed.shape == (2, 3, tiles, side_bytes(name, 64, side))
+    assert packed.dtype == np.uint8
+    back = decode(packed, name, side, 64, tokens)
+    assert back.shape == x.shape
+    assert back.dtype == np.float64
+    if name == "exact":
+        assert (back == x).all()
+    else:
+        assert (back == dequantize(*quantize(x, name), name)).all()
+        assert ((back - x) ** 2).sum() <= 0.13 * (x**2).sum()
+    whole = decode(packed, name, side, 64)
+    assert whole.shape == (2, 3, 64 * tiles, 64)
+    assert (whole[..., tokens:, :] == 0).all()
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", names())
+def test_a_tile_does_not_depend_on_its_neighbours(name: str, side: str) -> None:
+    x = gaussian(2, 130, 128)
+    packed = encode(x, name, side=side)
+    assert (packed[1, 1] == encode(x[1, 64:128], name, side=side)[0]).all()
+    tail = np.zeros((64, 128), np.float32)
+    tail[:2] = x[0, 128:]
+    assert (packed[0, 2] == encode(tail, name, side=side)[0]).all()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_exact_keeps_every_bit(side: str) -> None:
+    bits = np.arange(2**16, dtype=np.uint16).reshape(-1, 64)  # 1024 tokens
+    x16 = bits.view(np.float16)
+    packed = encode(x16, "exact", side=side)
+    np.testing.assert_array_equal(decode(packed, "exact", side, 64, dtype="float16"), x16.astype(np.float64))
+    brain = (bits.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):
+        wide = brain.astype(np.float64)
+    np.testing.assert_array_equal(
+        decode(encode(bits, "exact", side=side), "exact", side, 64, dtype="bfloat16"), wide
+    )
+    assert (encode(bits, "exact", side=side) == packed).all()  # the same bits
+    x = np.ldexp(gaussian(64, 64), np.random.default_rng(0).integers(-160, 120, (64, 64)).astype(np.int32))
+    np.testing.assert_array_equal(decode(encode(x, "exact", side=side), "exact", side, 64), x)
+
+
+def test_input_is_not_changed_and_output_is_writable() -> None:
+    for name in names():
+        x = gaussian(70, 64)
+        before = x.copy()
+        packed = encode(x, name)
+        packed[...] = 0
+        assert (x == before).all()
+
+
+def test_decoding_what_does_not_fit_is_refused() -> None:
+    packed = encode(gaussian(64, 64), "tq4")
+    with pytest.raises(ValueError, match="tq3 needs"):
+        decode(packed, "tq3", "key", 64)
+    with pytest.raises(ValueError, match="65 tokens are not in 1 tiles"):
+        decode(packed, "tq4", "key", 64, 65)
+    with pytest.raises(ValueError, match="side 'both'"):
+        decode(packed, "tq4", "both", 64)
+
+
+def test_record_is_scales_then_means_then_codes() -> None:
+    key, value = sections("tq4", 128), sections("q8_0", 64)
+    keys = encode(gaussian(2, 200, 128), "tq4", side="key")
+    values = encode(gaussian(2, 200, 64), "q8_0", side="value")
+    records = join_record(keys, values, key, value)
+    assert records.shape == (2, 4, record_bytes(key, value))
+    assert (records[..., :128] == keys[..., :128]).all()
+    assert (records[..., 128:384] == values[..., :256]).all()
+    assert (records[..., 384 : 384 + 4096] == keys[..., 128:]).all()
+    assert (records[..., 384 + 4096 :] == values[..., 256:]).all()
+    back = split_record(records, key, value)
+    assert (back[0] == keys).all()
+    assert (back[1] == values).all()
+
+
+def test_record_has_room_for_means() -> None:
+    key, value = (2, 3, 4), (1, 2, 3)
+    keys, values = np.arange(9, dtype=np.uint8), np.arange(20, 26, dtype=np.uint8)
+    record = join_record(keys, values, key, value)
+    assert record.tolist() == [0, 1, 20, 2, 3, 4, 21, 22, 5, 6, 7, 8, 23, 24, 25]
+    assert [part.tolist() for part in split_record(record, key, value)] == [keys.tolist(), values.tolist()]
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 4, 5])
+def test_page_is_heads_then_slots(tiles: int) -> None:
+    sides = sections("tq2", 64), sections("tq2", 64)
+    records = np.random.default_rng(tiles).integers(0, 256, (3, tiles, record_bytes(*sides)), np.uint8)
+    pages = join_pages(records)
+    assert pages.shape == (-(-tiles // 4), page_bytes(*sides, kv_heads=3))
+    assert (split_pages(pages, 3, tiles) == records).all()
+    if tiles == 5:
+        size = record_bytes(*sides)
+        assert (pages[0, (2 * 4 + 3) * size :][:size] == records[2, 3]).all()
+        assert (pages[1, 1 * 4 * size :][:size] == records[1, 4]).all()
+        assert not pages[1, (1 * 4 + 1) * size : 2 * 4 * size].any()
+
+
+def test_the_reference_depends_on_numpy_only() -> None:
+    for file in Path(reference.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2, f"{file.name} reaches outside"
+                found += [node.module or ""] if node.level == 0 else []
+            outside = {name.split(".")[0] for name in found} - {"numpy", *sys.stdlib_module_names}
+            assert not outside, f"{file.name} imports {outside}"
+
+
+def test_every_codec_is_registered_once() -> None:
+    assert [codec.id for codec in CODECS.values()] == [1, 2, 3, 4, 5]
