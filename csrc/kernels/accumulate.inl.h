@@ -92,14 +92,14 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
           for (int v = 0; v < kStep; ++v) acc[n][g][v] = S::splat(0);
       for (int u = 0; u < grid.units(); ++u) {
         const uint8_t* line = base + static_cast<size_t>(u * lane_blocks) * kLines * kLine;
-        unrolled<kStep>([&](int v) [[gnu::always_inline]] {
+        unrolled<kStep>([&](int v) __attribute__((always_inline)) {
           const int at = v0 + v;
           const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
           if (at % kPerBlock == 0)
             for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
-          unpack(p, [&](int j, const typename S::Code& code) [[gnu::always_inline]] {
+          unpack(p, [&](int j, const typename S::Code& code) __attribute__((always_inline)) {
             const int depth = (u * kDwords + j) * S::kOperandDwords;
-            unrolled<G * kPlanes>([&](int i) [[gnu::always_inline]] {
+            unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
               const int g = i / kPlanes, n = i % kPlanes;
               acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
             });

@@ -19,7 +19,7 @@ void dense_score_group(const kvpack::DenseArgs& a) {
     for (int g = 0; g < 4; ++g) acc[g] = S::zero();
     for (int i = 0; i < a.head_dim; i += S::kLanes) {
       const F key = S::template load_element<T>(row + i * kBytes);
-      unrolled<G>([&](int g) [[gnu::always_inline]] {
+      unrolled<G>([&](int g) __attribute__((always_inline)) {
         acc[g] = S::fma(key, S::load(a.query + g * a.head_dim + i), acc[g]);
       });
     }
@@ -50,9 +50,9 @@ void dense_accumulate_group(const kvpack::DenseArgs& a) {
         for (int n = 0; n < kDims * kBytes; n += kLine) S::prefetch(a.ahead + t * a.stride + i * kBytes + n);
       F value[kInFlight];
       for (int v = 0; v < kInFlight; ++v) value[v] = S::template load_element<T>(p + v * S::kLanes * kBytes);
-      unrolled<G>([&](int g) [[gnu::always_inline]] {
+      unrolled<G>([&](int g) __attribute__((always_inline)) {
         const F w = S::set1(a.probs[g * kTile + t]);
-        unrolled<kInFlight>([&](int v) [[gnu::always_inline]] { acc[g][v] = S::fma(value[v], w, acc[g][v]); });
+        unrolled<kInFlight>([&](int v) __attribute__((always_inline)) { acc[g][v] = S::fma(value[v], w, acc[g][v]); });
       });
     }
     for (int g = 0; g < G; ++g)

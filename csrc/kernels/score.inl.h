@@ -62,14 +62,14 @@ void score(const kvpack::ScoreArgs& a) {
 #pragma GCC unroll 1
         for (int u = sb * units; u < (sb + 1) * units; ++u) {
           const uint8_t* line = a.tile.codes + static_cast<size_t>(u) * 4 * kLines * kLine;
-          unrolled<kInFlight>([&](int v) [[gnu::always_inline]] {
+          unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
             const int at = v0 + v;
             const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
             if (level == 0 && at % kPerBlock == 0)
               for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
-            unpack(p, [&](int j, const typename S::Code& code) [[gnu::always_inline]] {
+            unpack(p, [&](int j, const typename S::Code& code) __attribute__((always_inline)) {
               const int operand = (u * kDwords + j) * S::kOperandDwords;
-              unrolled<G>([&](int g) [[gnu::always_inline]] {
+              unrolled<G>([&](int g) __attribute__((always_inline)) {
                 acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
               });
             });
@@ -107,9 +107,9 @@ void exact_score(const kvpack::ScoreArgs& a) {
       F key[kInFlight];
       for (int v = 0; v < kInFlight; ++v) key[v] = S::template load_element<T>(p + v * S::kLanes * kBytes);
       for (int n = 0; n < kInFlight * S::kLanes * kBytes; n += kLine) S::prefetch(a.ahead + at + n);
-      unrolled<G>([&](int g) [[gnu::always_inline]] {
+      unrolled<G>([&](int g) __attribute__((always_inline)) {
         const F q = S::set1(a.query[g * a.head_dim + dim]);
-        unrolled<kInFlight>([&](int v) [[gnu::always_inline]] { acc[g][v] = S::fma(key[v], q, acc[g][v]); });
+        unrolled<kInFlight>([&](int v) __attribute__((always_inline)) { acc[g][v] = S::fma(key[v], q, acc[g][v]); });
       });
     }
     for (int g = 0; g < G; ++g)

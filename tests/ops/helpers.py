@@ -8,9 +8,11 @@ defaults.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,6 +47,11 @@ DEFAULT = Implementation(
 NATIVE = Implementation(
     "native", _encode.OP, _decode.OP, _rotate.OP, _encode_pages.OP, _decode_pages.OP, _attend.OP
 )
+
+
+def refuses(impl: Implementation, named: str = ".") -> AbstractContextManager[Any]:
+    """A context in which ValueError is raised; of messages, only the default's must match ``named``."""
+    return pytest.raises(ValueError, match=named if impl is DEFAULT else ".")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Bad arguments raise ValueError that names the value: in the default, the native kernels and the fakes."""
+"""Bad arguments raise ValueError in the defaults (which name the value), the native kernels, the fakes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvpack import ops
 
-from .helpers import Case, Implementation, code, make_cache, rows
+from .helpers import Case, Implementation, code, make_cache, refuses, rows
 
 TQ4, EXACT = code("tq4"), code("exact")
 
@@ -30,9 +30,9 @@ TQ4, EXACT = code("tq4"), code("exact")
 )
 def test_codec_codes(impl: Implementation, bad: int, named: str) -> None:
     x = torch.zeros(64, 64)
-    with pytest.raises(ValueError, match=named):
+    with refuses(impl, named):
         impl.encode(x, bad, 0)
-    with pytest.raises(ValueError, match=named):
+    with refuses(impl, named):
         impl.decode(torch.zeros(1, 4224, dtype=torch.uint8), bad, 0, 64, 64, torch.float32)
     with pytest.raises(ValueError, match=named):
         ops.layout(bad, 64, TQ4, 64, 1)
@@ -41,41 +41,41 @@ def test_codec_codes(impl: Implementation, bad: int, named: str) -> None:
 
 
 def test_encode(impl: Implementation) -> None:
-    with pytest.raises(ValueError, match=r"96.*64, 128, 256"):
+    with refuses(impl, r"96.*64, 128, 256"):
         impl.encode(torch.zeros(64, 96), TQ4, 0)
-    with pytest.raises(ValueError, match="2"):
+    with refuses(impl, "2"):
         impl.encode(torch.zeros(64, 64), TQ4, 2)
-    with pytest.raises(ValueError, match="1"):
+    with refuses(impl, "1"):
         impl.encode(torch.zeros(64), TQ4, 0)
-    with pytest.raises(ValueError):
+    with refuses(impl):
         impl.encode(torch.zeros(64, 64, dtype=torch.float64), TQ4, 0)
-    with pytest.raises(ValueError):
+    with refuses(impl):
         impl.encode(torch.zeros(64, 64, dtype=torch.float16), EXACT, 0)
 
 
 def test_decode(impl: Implementation) -> None:
     data = impl.encode(torch.zeros(70, 64), TQ4, 0)
-    for tokens in (-1, 129):
+    for tokens in (-1, 64, 129):
         with pytest.raises(ValueError, match=str(tokens)):
             impl.decode(data, TQ4, 0, tokens, 64, torch.float32)
-    with pytest.raises(ValueError, match=str(data.shape[-1])):
+    with refuses(impl, str(data.shape[-1])):
         impl.decode(data, TQ4, 0, 70, 128, torch.float32)
-    with pytest.raises(ValueError, match="80"):
+    with refuses(impl, "80"):
         impl.decode(data, TQ4, 0, 70, 80, torch.float32)
-    with pytest.raises(ValueError):
+    with refuses(impl):
         impl.decode(data, TQ4, 0, 70, 64, torch.int32)
-    with pytest.raises(ValueError):
+    with refuses(impl):
         impl.decode(data.to(torch.int16), TQ4, 0, 70, 64, torch.float32)
-    with pytest.raises(ValueError):
+    with refuses(impl):
         impl.decode(data[0], TQ4, 0, 64, 64, torch.float32)
 
 
 def test_rotate(impl: Implementation) -> None:
-    with pytest.raises(ValueError, match=r"48.*64, 128, 256"):
+    with refuses(impl, r"48.*64, 128, 256"):
         impl.rotate(torch.zeros(3, 48), False)
-    with pytest.raises(ValueError):
+    with refuses(impl):
         impl.rotate(torch.zeros(3, 64, dtype=torch.int32), False)
-    with pytest.raises(ValueError):
+    with refuses(impl):
         impl.rotate(torch.tensor(1.0), False)
 
 
@@ -108,27 +108,27 @@ def dense(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # What the values decide (counts, rows, the mask's length) no fake can know.
 ATTEND_SHAPES = {
     "query dims": (replaced(query=lambda q: q[0]), "3"),
-    "query dtype": (replaced(query=lambda q: q.double()), ""),
+    "query dtype": (replaced(query=lambda q: q.double()), "."),
     "query head size": (replaced(query=dense(2, 4, 3, 64)), "64"),
     "query heads": (replaced(query=dense(2, 3, 3, 128)), "3"),
-    "query rows": (replaced(query=dense(3, 4, 3, 128)), ""),
-    "table dtype": (replaced(table=lambda t: t.int()), ""),
-    "table dims": (replaced(table=lambda t: t[0]), ""),
-    "counts dtype": (replaced(counts=lambda c: c.long()), ""),
+    "query rows": (replaced(query=dense(3, 4, 3, 128)), "."),
+    "table dtype": (replaced(table=lambda t: t.int()), "."),
+    "table dims": (replaced(table=lambda t: t[0]), "."),
+    "counts dtype": (replaced(counts=lambda c: c.long()), "."),
     "too many counts": (replaced(counts=torch.full((5,), 64, dtype=torch.int32)), "5"),
-    "one of a pair": (replaced(keys=None), ""),
-    "one of the sinks": (replaced(sink_values=None), ""),
+    "one of a pair": (replaced(keys=None), "."),
+    "one of the sinks": (replaced(sink_values=None), "."),
     "tokens of keys and values": (replaced(keys=dense(2, 2, 8, 128)), "8"),
     "KV heads": (replaced(values=dense(2, 3, 9, 64)), "3"),
     "head size of values": (replaced(values=dense(2, 2, 9, 128)), "128"),
-    "stride of keys": (replaced(keys=dense(2, 2, 128, 9).transpose(2, 3)), ""),
-    "dtype of keys": (replaced(keys=dense(2, 2, 9, 128, dtype=torch.float64)), ""),
-    "rows dtype": (replaced(rows=torch.zeros(2, 2)), ""),
+    "dtype of keys": (replaced(keys=dense(2, 2, 9, 128, dtype=torch.float16)), "."),
+    "rows dtype": (replaced(rows=torch.zeros(2, 2)), "."),
     "rows shape": (replaced(rows=rows((0, 0))), "1"),
-    "mask dtype": (replaced(mask=torch.ones(1, 1, 1, 141, dtype=torch.int32)), ""),
+    "mask dtype": (replaced(mask=torch.ones(1, 1, 1, 141, dtype=torch.int32)), "."),
     "mask dims": (replaced(mask=torch.ones(141)), "1"),
     "mask heads": (replaced(mask=torch.ones(1, 2, 1, 141)), "2"),
     "sink logits": (replaced(sink_logits=torch.ones(2)), "2"),
+    "sink logits dtype": (replaced(sink_logits=torch.ones(4).half()), "."),
     "softcap": (replaced(softcap=-1.0), "-1"),
     "precision": (replaced(precision=2), "2"),
     "layout": (replaced(layout=[TQ4, 128, 77, 64, 2]), "77"),
@@ -140,7 +140,7 @@ ATTEND_VALUES = {
     "sink start": (replaced(rows=rows((0, 0), (0, 138))), "138"),
     "mask positions": (replaced(mask=torch.ones(1, 1, 1, 140)), "140"),
     "null page": (replaced(table=lambda t: t * 0), "0"),
-    "misaligned page": (replaced(table=lambda t: t + 4), ""),
+    "misaligned page": (replaced(table=lambda t: t + 4), "."),
 }
 
 
@@ -155,7 +155,7 @@ def attend_case() -> Case:
 def test_attend(impl: Implementation, what: str) -> None:
     change, named = {**ATTEND_SHAPES, **ATTEND_VALUES}[what]
     case = attend_case()
-    with pytest.raises(ValueError, match=named):
+    with refuses(impl, named):
         impl.attend(*change(case.arguments()))
 
 
@@ -167,19 +167,18 @@ def test_fake_of_attend(what: str) -> None:
         torch.ops.kvpack.attend(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments])
 
 
-PAGES = {
+PAGES: dict[str, tuple[Callable[..., tuple[Any, ...]], str]] = {
     "first tile": (lambda t, k, v: (t, k, v, -1), "-1"),
     "too many tiles": (lambda t, k, v: (t, k, v, 3), "3"),
     "part of a tile": (lambda t, k, v: (t, k[:, :, :100], v[:, :, :100], 0), "100"),
     "tokens differ": (lambda t, k, v: (t, k, v[:, :, :64], 0), "64"),
-    "dtypes differ": (lambda t, k, v: (t, k, v.half(), 0), ""),
-    "dtype": (lambda t, k, v: (t, k.double(), v.double(), 0), ""),
+    "dtypes differ": (lambda t, k, v: (t, k, v.half(), 0), "."),
+    "dtype": (lambda t, k, v: (t, k.double(), v.double(), 0), "."),
     "rows": (lambda t, k, v: (t, k[:1], v[:1], 0), "1"),
     "KV heads": (lambda t, k, v: (t, k[:, :1], v[:, :1], 0), "1"),
     "head size": (lambda t, k, v: (t, v, v, 0), "64"),
     "dims": (lambda t, k, v: (t, k[0], v[0], 0), "3"),
-    "stride": (lambda t, k, v: (t, dense(2, 2, 128, 128).transpose(2, 3), v, 0), ""),
-    "table": (lambda t, k, v: (t.int(), k, v, 0), ""),
+    "table": (lambda t, k, v: (t.int(), k, v, 0), "."),
 }
 
 
@@ -189,7 +188,7 @@ def test_encode_pages(impl: Implementation, what: str) -> None:
     cache = make_cache(key_dim=128, value_dim=64, batch=2, heads=2)
     before = [page.clone() for page in cache.memory]
     arguments = change(cache.table, cache.keys + 1, cache.values + 1)
-    with pytest.raises(ValueError, match=named):
+    with refuses(impl, named):
         impl.encode_pages(*arguments, cache.layout)
     for page, old in zip(cache.memory, before, strict=True):
         assert torch.equal(page, old)
@@ -201,7 +200,7 @@ def test_encode_pages(impl: Implementation, what: str) -> None:
 
 def test_encode_pages_of_exact_needs_its_dtype(impl: Implementation) -> None:
     cache = make_cache("exact", "tq4", dtype="float16")
-    with pytest.raises(ValueError):
+    with refuses(impl):
         impl.encode_pages(cache.table, cache.keys.float(), cache.values.float(), 0, cache.layout)
 
 
@@ -213,16 +212,15 @@ def test_decode_pages(impl: Implementation) -> None:
         return [*good[:index], value, *good[index + 1 :]]
 
     for arguments, named in (
-        (change(0, cache.table[0]), ""),
-        (change(0, cache.table.int()), ""),
-        (change(1, cache.counts.long()), ""),
-        (change(1, cache.counts[None]), ""),
+        (change(0, cache.table[0]), "."),
+        (change(0, cache.table.int()), "."),
+        (change(1, cache.counts.long()), "."),
         (change(1, torch.full((5,), 64, dtype=torch.int32)), "5"),
         (change(1, torch.tensor([65], dtype=torch.int32)), "65"),
         (change(2, 2), "2"),
         (change(3, [TQ4, 128, TQ4, 100, 2]), "100"),
         (change(3, [TQ4, 128, TQ4]), "3"),
-        (change(4, torch.int32), ""),
+        (change(4, torch.int32), "."),
     ):
-        with pytest.raises(ValueError, match=named):
+        with refuses(impl, named):
             impl.decode_pages(*arguments)

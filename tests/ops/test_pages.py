@@ -8,7 +8,7 @@ import torch
 
 from kvpack import ops, reference
 
-from .helpers import DEFAULT, DTYPES, Implementation, code, make_cache, new_page, numpy
+from .helpers import DEFAULT, DTYPES, Implementation, code, make_cache, new_page, numpy, refuses
 
 PAIRS = [("tq4", "tq3"), ("q8_0", "tq2"), ("exact", "q4_0"), ("tq3", "exact"), ("tq4", "tq4")]
 
@@ -42,8 +42,9 @@ def test_first_tile_and_strides(impl: Implementation) -> None:
     whole = make_cache(counts=(64,) * 7, batch=2)
     parts = make_cache(counts=(64,) * 7, batch=2, encode=lambda *_: None)
     for first, last in ((0, 1), (1, 6), (6, 7)):
+        axes = (1, 2) if first else (2, 3)
         keys, values = (
-            x[:, :, 64 * first : 64 * last].transpose(1, 2).contiguous().transpose(1, 2)
+            x[:, :, 64 * first : 64 * last].transpose(*axes).contiguous().transpose(*axes)
             for x in (whole.keys, whole.values)
         )
         impl.encode_pages(parts.table, keys, values, first, parts.layout)
@@ -62,7 +63,7 @@ def test_no_tiles_write_nothing(impl: Implementation) -> None:
 @pytest.mark.parametrize(("key", "value"), PAIRS)
 def test_decode_pages(impl: Implementation, key: str, value: str, dtype: str) -> None:
     cache = make_cache(
-        key, value, key_dim=64, value_dim=128, batch=2, counts=(64, 10, 64, 64, 0, 33), dtype=dtype
+        key, value, key_dim=64, value_dim=128, batch=2, counts=(64, 10, 64, 64, 1, 33), dtype=dtype
     )
     assert cache.packed is not None
     for side in (0, 1):
@@ -96,15 +97,15 @@ def test_rows_may_share_pages(impl: Implementation) -> None:
     assert torch.equal(got, one.expand(3, -1, -1, -1))
 
 
-@pytest.mark.parametrize("address", [0, -64, 8])
+@pytest.mark.parametrize("address", [0, 8])
 def test_bad_addresses(impl: Implementation, address: int) -> None:
     cache = make_cache(counts=(64,) * 5, batch=2)
     table = cache.table.clone()
     table[1, 1] = address
     pages = [page.clone() for page in cache.memory]
-    with pytest.raises(ValueError, match=str(address)):
+    with refuses(impl, str(address)):
         impl.encode_pages(table, cache.keys + 1, cache.values, 0, cache.layout)
-    with pytest.raises(ValueError, match=str(address)):
+    with refuses(impl, str(address)):
         impl.decode_pages(table, cache.counts, 0, cache.layout, torch.float32)
     for page, before in zip(cache.memory, pages, strict=True):
         assert torch.equal(page, before)  # all addresses are checked before the first write

@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-#: A dict of Cache keyword arguments, a CacheSpec, "key" or "key/value", or a function from config to cache.
-CacheLike = "CacheSpec | Mapping[str, Any] | str | Callable[[Any], Any]"
-
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -168,6 +165,5 @@ def fill(spec: CacheSpec, dense: Any, config: Any) -> Any:
 
 
 def tokens_read(cache: Any) -> int:
-    """Packed tokens that attention read, summed over calls, in the layer that read most (`cache.stats()`)."""
-    layers = cache.stats()["layers"]
-    return max((int(layer["packed_read"]) for layer in layers), default=0)
+    """Packed tokens that attention has read, summed over calls, in the layer that read most (`cache.stats()`)."""
+    return max((int(layer.packed_tokens_read) for layer in cache.stats()), default=0)

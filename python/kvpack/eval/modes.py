@@ -123,11 +123,11 @@ class Run:
         assert self.spec is not None
         cache = self.spec.build(self.model.config)
         yield from self._feed(cache, self.feed, start=0)
-        self.coded_queries = tokens_read(cache)
         self.cache_bytes = int(cache.nbytes)
 
     def _feed(self, cache: Any, feed: Feed, start: int, emulator: Emulator | None = None) -> Iterator[Tensor]:
         length = len(self.ids) - 1  # the last token is only a target
+        read = 0
         for begin, end in feed.calls(length):
             if begin < start:
                 continue
@@ -135,6 +135,9 @@ class Run:
             # Entered anew for every call: between two blocks the same model makes the exact ones.
             with emulating(self.model, emulator) if emulator is not None else nullcontext():
                 logits = forward(self.model, self.ids[begin:end], cache, keep=max(1, scored))
+            if self.mode in ("chunked", "stepwise"):
+                before, read = read, tokens_read(cache)
+                self.coded_queries += (end - begin) * (read > before)
             if scored:
                 yield logits[-scored:]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpack import ops
 
-from . import padding
+from . import padding, page_ops
 
 if TYPE_CHECKING:
     from .layer import PackedLayer
@@ -39,6 +39,7 @@ class Call:
         "sinks",
         "tiles",
         "told",
+        "used",
         "whole",
     )
 
@@ -53,15 +54,21 @@ class Call:
         self.rows = layer.rows
         self.length = length
         self.tiles, self.packed = layer.table.tiles, layer.table.tokens
+        self.used = layer.table.used
         self.sinks: tuple[Tensor, Tensor] | None = None
         if sink_count:
             assert layer.sinks is not None
             keys, values = layer.sinks
             self.sinks = (keys[:, :, :sink_count], values[:, :, :sink_count])
 
+    def keep_used(self) -> None:
+        """In a graph: keep the tile count, which packing is about to raise."""
+        assert self.used is not None
+        self.used = self.used.clone()
+
     def check(self) -> None:
         """RuntimeError if the layer changed what this call refers to."""
-        if self.layer.epoch != self.epoch:
+        if not torch.compiler.is_compiling() and self.layer.epoch != self.epoch:
             raise RuntimeError(
                 f"keys and values of layer {self.layer.index} were used after the cache was cropped, reordered, "
                 "selected, repeated or reset; take them from a new update() instead"
@@ -82,27 +89,30 @@ class Call:
         return padding.in_order(self.sinks[side], stream, self.rows)
 
     def _tables(self) -> tuple[Tensor, Tensor]:
-        """Addresses, and counts of the tiles of this call.
+        """Addresses, and counts of all tiles.
 
         Asked for at every use: growth and copy-on-write replace tensors and pages, and keep their content.
         """
         table = self.layer.table
         assert table.addresses is not None and table.counts is not None
-        return table.addresses, table.counts[: self.tiles]
+        return table.addresses, table.counts
 
     def _decode(self, side: int, dtype: torch.dtype) -> Tensor:
         addresses, counts = self._tables()
+        layout = self.layer.layout
         fast = dtype if dtype in _FUSED_DTYPES else torch.float32
-        decoded = ops.decode_pages(addresses, counts, side, self.layer.layout, fast)
         if torch.compiler.is_compiling():
-            torch._check(decoded.shape[2] == self.packed)  # a sum over values, which a trace cannot know
+            args = (addresses, counts, self.used, side, layout, fast, self.packed)
+            decoded: Tensor = page_ops.decode_tiles(*args)
+        else:
+            decoded = ops.decode_pages(addresses, counts[: self.tiles], side, layout, fast)
         return decoded.to(dtype)
 
-    def obstacle(self, query: Tensor, dropout: float) -> str | None:
+    def obstacle(self, query: Tensor, mask: Tensor | None, dropout: float) -> str | None:
         """Why a query cannot take the fused path, or None if it can."""
         if dropout > 0.0:
             return "dropout"
-        if torch.is_grad_enabled() and query.requires_grad:
+        if torch.is_grad_enabled() and (query.requires_grad or (mask is not None and mask.requires_grad)):
             return "gradients"
         if query.dtype not in _FUSED_DTYPES or query.dtype != self.exact[KEY].dtype:
             return f"query of {query.dtype}"
@@ -134,19 +144,13 @@ class Call:
         sinks = self.sinks or (None, None)
         exact = self.exact if self.exact[KEY].shape[2] else (None, None)
         addresses, counts = self._tables()
-        out = ops.attend(
-            query,
-            addresses,
-            counts,
-            *sinks,
-            *exact,
-            self.rows,
-            mask,
-            None,
-            layer.layout,
-            dim**-0.5 if scale is None else scale,
-            precision=layer.precision,
-        )
+        scale = dim**-0.5 if scale is None else scale
+        if torch.compiler.is_compiling():
+            found = (addresses, counts, self.used, *sinks, *exact, self.rows, mask)
+            out: Tensor = page_ops.attend_tiles(query, *found, layer.layout, scale, layer.precision)
+        else:
+            found = (addresses, counts[: self.tiles], *sinks, *exact, self.rows, mask)
+            out = ops.attend(query, *found, None, layer.layout, scale, precision=layer.precision)
         return out.reshape(batch, heads, count, -1) if fold else out
 
     def padding_mask(self) -> Tensor | None:

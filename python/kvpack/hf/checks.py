@@ -8,13 +8,25 @@ import torch
 from torch import Tensor
 
 from kvpack import ops
-from kvpack.spec import CodecSpec
+from kvpack.spec import CodecSpec, Dtype
 
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES: dict[torch.dtype, Dtype] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 _SIDES = ("key", "value")
 
 
-def layout(index: int, specs: tuple[CodecSpec, CodecSpec], keys: Tensor, values: Tensor) -> list[int]:
+def codes(specs: tuple[CodecSpec, CodecSpec]) -> dict[torch.dtype, tuple[int, int]]:
+    """Codec codes (key, value) by the dtype of keys and values; float64 is packed as float32, unless exact."""
+    out = {dtype: (specs[0].code(name), specs[1].code(name)) for dtype, name in DTYPES.items()}
+    if "exact" not in (specs[0].name, specs[1].name):
+        out[torch.float64] = out[torch.float32]
+    return out
+
+
+def layout(index: int, known: dict[torch.dtype, tuple[int, int]], keys: Tensor, values: Tensor) -> list[int]:
     """The layout list for a layer's first keys and values; ValueError for what cannot be packed."""
     where = f"layer {index}"
     for name, x in zip(_SIDES, (keys, values), strict=True):
@@ -22,22 +34,16 @@ def layout(index: int, specs: tuple[CodecSpec, CodecSpec], keys: Tensor, values:
             raise ValueError(f"{where}: {name}s have {x.dim()} dims; allowed: 4, [batch, KV heads, tokens, head size]")
         if x.shape[0] == 0 or x.shape[1] == 0:
             raise ValueError(f"{where}: {name}s of shape {list(x.shape)} are empty; allowed: 1 or more rows and heads")
-        if x.dtype not in DTYPES and x.dtype != torch.float64:
-            raise ValueError(
-                f"{where}: {name}s are {x.dtype}; allowed: torch.float32, torch.float16, torch.bfloat16 "
-                "and, without the fused path, torch.float64"
-            )
+        if x.dtype not in known:
+            allowed = ", ".join(map(str, known))
+            raise ValueError(f"{where}: {name}s are {x.dtype}; allowed with these codecs: {allowed}")
         if x.device.type != "cpu":
             raise ValueError(f"{where}: {name}s are on {x.device}; allowed: the CPU in this release")
     if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
         raise mismatch(index, keys, values)
-    codes = []
-    for name, spec in zip(_SIDES, specs, strict=True):
-        if spec.name == "exact" and keys.dtype not in DTYPES:
-            raise ValueError(f"{where}: codec exact ({name}) holds float32, float16 or bfloat16; got {keys.dtype}")
-        codes.append(spec.code(DTYPES.get(keys.dtype, "float32")))
+    key_code, value_code = known[keys.dtype]
     try:
-        return ops.layout(codes[0], keys.shape[3], codes[1], values.shape[3], keys.shape[1])
+        return ops.layout(key_code, keys.shape[3], value_code, values.shape[3], keys.shape[1])
     except ValueError as error:
         raise ValueError(
             f"{where} cannot be packed (key head size {keys.shape[3]}, value head size {values.shape[3]}): {error}"

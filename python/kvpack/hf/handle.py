@@ -255,8 +255,8 @@ def _attention(
                 )
                 layer.saw_mask(attn_mask)
                 return out
-            layer.check_late_padding(attn_mask)
-            obstacle = call.obstacle(query, dropout_p)
+            layer.check_mask(attn_mask, count)
+            obstacle = call.obstacle(query, attn_mask, dropout_p)
             heads, kv_heads = query.shape[1], layer.layout[4]
             if obstacle is None and not is_causal and heads == kv_heads * (
                 heads // kv_heads if enable_gqa else key.n_rep

@@ -65,6 +65,7 @@ class PackedLayer(CacheLayerMixin):
         guards_prompt: bool = False,
     ) -> None:
         self.specs = (key, value)
+        self.codes = checks.codes(self.specs)
         self.window_size = window
         self.sinks_wanted = sinks
         self.fused = fused
@@ -112,6 +113,7 @@ class PackedLayer(CacheLayerMixin):
         self.window: Pair | None = None  # [B, Hkv, window_size + 64, d], `window_count` of them in use
         self.window_count = 0
         self.pending: Pair | None = None
+        self.placed = 0  # length when pending tokens were placed
         self.heard = False  # whether the mask of the pending call was seen
         self.last_count = 0
         self.pads: Tensor | None = None  # int64 [B]; None: no padding, as far as is known
@@ -120,7 +122,7 @@ class PackedLayer(CacheLayerMixin):
         self.rows: Tensor | None = None  # int32 [B, 2], pad and sink_start
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.layout = checks.layout(self.index, self.specs, key_states, value_states)
+        self.layout = checks.layout(self.index, self.codes, key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch, heads = key_states.shape[:2]
         self._expected = (self.batch, heads, key_states.shape[3], value_states.shape[3], self.dtype)
@@ -262,6 +264,8 @@ class PackedLayer(CacheLayerMixin):
         length = self.length + count
         call = Call(self, exact, False, length, sink_count)
         if end >= self.window_size + TILE:
+            if torch.compiler.is_compiling():
+                call.keep_used()
             end = self._pack(exact, end)
         self.window_count, self.sink_count, self.length = end, sink_count, length
         return call
@@ -287,11 +291,8 @@ class PackedLayer(CacheLayerMixin):
             first = padding.sink_positions(self.rows, count, self.device)
             rest = padding.stream_positions(self.rows, count, 0, length - count, self.device)
             keys, values = self.pending
-            sinks = (padding.take(keys, first), padding.take(values, first))
-            stream = (
-                padding.zero_padded(padding.take(keys, rest), rest, pads),
-                padding.zero_padded(padding.take(values, rest), rest, pads),
-            )
+            sinks = (padding.take_real(keys, first, pads), padding.take_real(values, first, pads))
+            stream = (padding.take_real(keys, rest, pads), padding.take_real(values, rest, pads))
         if self.sinks_wanted:
             self.sinks = self._buffers(sinks, self.sinks_wanted)
         self.sink_count = count
@@ -301,6 +302,7 @@ class PackedLayer(CacheLayerMixin):
         else:
             self.window = self._buffers(stream, self.window_size + TILE)
         self.window_count = end
+        self.placed = length
         self.pending = None
 
     def _buffers(self, content: Pair, capacity: int) -> Pair:
@@ -323,23 +325,22 @@ class PackedLayer(CacheLayerMixin):
         tiles = (count - self.window_size) // TILE
         stop = tiles * TILE
         keys, values = exact[KEY][:, :, :stop], exact[VALUE][:, :, :stop]
-        if self.pads is not None and self.pad_max > self.sinks_wanted + self.table.tokens:
-            sinks = self.sinks_wanted
-            places = padding.stream_positions(self.rows, sinks, self.table.tokens, stop, self.device)
+        if self.pads is not None and self.pad_max > self.placed:  # padding went on after placing
+            first_token = self.table.tokens
+            places = padding.stream_positions(self.rows, self.sinks_wanted, first_token, stop, self.device)
             keys = padding.zero_padded(keys, places, self.pads)
             values = padding.zero_padded(values, places, self.pads)
-        first = self.table.tiles
-        addresses, _ = self.table.reserve(first + tiles)
+        addresses, used = self.table.addresses, self.table.used
+        assert addresses is not None and used is not None
         if torch.compiler.is_compiling():
-            page_ops.write_tiles(addresses, keys, values, first, self.writer)
+            page_ops.write_tiles(addresses, used, keys, values, self.writer)
         else:
-            self.write_tiles(addresses, keys, values, first)
-        self.table.grew(tiles)
+            self.write_tiles(addresses, used, keys, values)
         rest = (exact[KEY][:, :, stop:count], exact[VALUE][:, :, stop:count])
         self.window = self._buffers(rest, self.window_size + TILE)
         return count - stop
 
-    def write_tiles(self, addresses: Tensor, keys: Tensor, values: Tensor, first_tile: int) -> None:
+    def write_tiles(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor) -> None:
         """Encode tiles into pages; called eagerly, or by `kvpack::write_tiles` from a compiled graph.
 
         ValueError, naming layer, side and position, for values that are not finite or whose scale overflows.
@@ -354,7 +355,7 @@ class PackedLayer(CacheLayerMixin):
                     self.counters.nonfinite_replaced += bad
                     sides[side] = torch.nan_to_num(sides[side], nan=0.0, posinf=0.0, neginf=0.0)
         try:
-            self.table.write(addresses, sides[KEY], sides[VALUE], first_tile)
+            self.table.write(addresses, used, sides[KEY], sides[VALUE])
         except (ValueError, RuntimeError) as error:
             raise ValueError(self._explain(error, sides)) from error
 
@@ -414,9 +415,16 @@ class PackedLayer(CacheLayerMixin):
         if self.pending is not None and not (self.padding_known or self.heard):
             self._place()
 
-    def check_late_padding(self, mask: Tensor | None) -> None:
-        """Once, with the first mask after placing: is there padding that nobody told of?"""
-        if self.padding_known or mask is None or torch.compiler.is_compiling():
+    def check_mask(self, mask: Tensor | None, count: int) -> None:
+        """What the mask of a call with history tells: a repeated prompt, or (once) padding nobody told of."""
+        if mask is None or torch.compiler.is_compiling():
+            return
+        past = self.length - count
+        if 1 < count == past + 1 and self.guards_prompt and mask.shape[-1] == self.length:
+            # generate(use_cache=False) masks what it believes not to be there: all but one of the new tokens.
+            if not bool(padding.visible(mask)[..., -1, past + 1 :].any()):
+                raise RuntimeError(f"layer {self.index}: {checks.REPEATED}")
+        if self.padding_known:
             return
         self.padding_known = True
         pads = padding.from_attention(mask, self.batch)

@@ -69,6 +69,11 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim))
 
 
+def take_real(tokens: Tensor, positions: Tensor, pads: Tensor) -> Tensor:
+    """Tokens [B, H, L, d] at the positions int64 [B, n], padded ones as zeros: [B, H, n, d]."""
+    return zero_padded(take(tokens, positions), positions, pads)
+
+
 def stream_positions(rows: Tensor | None, sinks: int, first: int, count: int, device: torch.device) -> Tensor:
     """Positions of `count` stream tokens from index `first` on: int64 [B or 1, count]."""
     index = torch.arange(first, first + count, device=device)[None]

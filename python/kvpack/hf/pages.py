@@ -54,6 +54,7 @@ class PageTable:
     addresses: int64 [B, P], `addresses[b, t // 4]` is the page with tile t of row b. P grows geometrically.
     counts: int32 [4 * P], tokens of each tile, the same for all rows: 64 except where a crop cut.
     tiles, tokens: how many are in use, per row.
+    used: int64 [1], `tiles` as a tensor, for compiled graphs: a number would be compiled into them.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class PageTable:
         self.rows: list[list[Page]] = []
         self.addresses: Tensor | None = None
         self.counts: Tensor | None = None
+        self.used: Tensor | None = None
         self.tiles = 0
         self.tokens = 0
         self._cut: dict[int, int] = {}  # tokens of the tiles that a crop cut
@@ -74,41 +76,26 @@ class PageTable:
         with normal_mode():
             self.addresses = torch.zeros((batch, _FIRST_PAGES), dtype=torch.int64, device=device)
             self.counts = torch.full((_FIRST_PAGES * PAGE_TILES,), TILE, dtype=torch.int32, device=device)
+            self.used = torch.zeros(1, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
         """Let go of all pages and buffers."""
-        self.rows, self.addresses, self.counts = [], None, None
+        self.rows, self.addresses, self.counts, self.used = [], None, None, None
         self.tiles = self.tokens = 0
         self._cut = {}
 
-    def reserve(self, tiles: int) -> tuple[Tensor, Tensor]:
-        """Addresses and counts with room for `tiles` tiles; both may be new tensors."""
-        addresses, counts = self.addresses, self.counts
-        assert addresses is not None and counts is not None
-        batch, room = addresses.shape
-        pages = -(-tiles // PAGE_TILES)
-        if pages > room:
-            more = max(pages, 2 * room)
-            with normal_mode():
-                grown = torch.zeros((batch, more), dtype=torch.int64, device=addresses.device)
-                full = torch.full((more * PAGE_TILES,), TILE, dtype=torch.int32, device=addresses.device)
-            grown[:, :room] = addresses
-            full[: room * PAGE_TILES] = counts
-            self.addresses = addresses = grown
-            self.counts = counts = full
-        return addresses, counts
+    def write(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Encode whole tiles as the next ones, allocating pages and copying shared ones.
 
-    def write(self, addresses: Tensor, keys: Tensor, values: Tensor, first_tile: int) -> None:
-        """Encode whole tiles from `first_tile` on, allocating pages and copying shared ones.
-
-        addresses: `self.addresses`, or under torch.compile the tensor that stands for it.
+        addresses, used: those of the table, or under torch.compile the tensors that stand for them.
         keys, values: [B, kv_heads, 64 * n, head size].
 
-        `tiles` and `tokens` stay as they are: a caller that sees no error raises them with `grew`. After an
-        error the table holds what it held before.
+        After an error the table holds what it held before.
         """
-        first_page, slot = divmod(first_tile, PAGE_TILES)
-        end = first_tile + keys.shape[2] // TILE
+        assert self.used is not None
+        first_page, slot = divmod(self.tiles, PAGE_TILES)
+        tiles = keys.shape[2] // TILE
+        end = self.tiles + tiles
         last_page = -(-end // PAGE_TILES)
         kept = first_page + (slot > 0)
         size = ops.page_bytes(self.layout)
@@ -122,18 +109,36 @@ class PageTable:
             for p in range(first_page, last_page):  # at once: the next row may hold the same page
                 row[p].filled = min(PAGE_TILES, end - p * PAGE_TILES)
             numbers.append([page.data.data_ptr() for page in row[first_page:last_page]])
-        addresses[:, first_page:last_page] = torch.tensor(numbers, dtype=torch.int64, device=addresses.device)
+        own = self._with_room(last_page)
+        for table in (own,) if addresses is own else (own, addresses):  # a graph's may be the smaller, older one
+            fits = min(last_page, table.shape[1])
+            new = [row[: fits - first_page] for row in numbers]
+            table[:, first_page:fits] = torch.tensor(new, dtype=torch.int64, device=table.device)
         try:
-            ops.encode_pages(addresses, keys, values, first_tile, self.layout)
+            ops.encode_pages(own, keys, values, self.tiles, self.layout)
         except Exception:
             for row in self.rows:
                 del row[kept:]
             raise
-
-    def grew(self, tiles: int) -> None:
-        """Take `tiles` freshly written tiles into use."""
-        self.tiles += tiles
+        self.tiles = end
         self.tokens += tiles * TILE
+        self.used.fill_(end)
+        used.fill_(end)
+
+    def _with_room(self, pages: int) -> Tensor:
+        """The addresses, with room for `pages` pages; grown, they and the counts are new tensors."""
+        addresses, counts = self.addresses, self.counts
+        assert addresses is not None and counts is not None
+        batch, room = addresses.shape
+        if pages > room:
+            more = max(pages, 2 * room)
+            with normal_mode():
+                grown = torch.zeros((batch, more), dtype=torch.int64, device=addresses.device)
+                full = torch.full((more * PAGE_TILES,), TILE, dtype=torch.int32, device=addresses.device)
+            grown[:, :room] = addresses
+            full[: room * PAGE_TILES] = counts
+            self.addresses, self.counts = addresses, counts = grown, full
+        return addresses
 
     def _copy(self, page: Page, slots: int) -> Page:
         heads, record = self.layout[4], ops.record_bytes(self.layout)
@@ -158,6 +163,8 @@ class PageTable:
             self.counts[last] = left
             self.tokens -= gone
             excess -= gone
+        if self.used is not None:
+            self.used.fill_(self.tiles)
         pages = -(-self.tiles // PAGE_TILES)
         for row in self.rows:
             del row[pages:]
@@ -182,6 +189,7 @@ class PageTable:
                     moved[id(page)] = Page(page.data.to(device), page.filled)
                 row[p] = moved[id(page)]
         self.counts = self.counts.to(device)
+        self.used = None if self.used is None else self.used.to(device)
         self.addresses = self.addresses.to(device)
         self._refresh()
 
@@ -210,6 +218,7 @@ class PageTable:
         with normal_mode():
             other.addresses = None if self.addresses is None else self.addresses.clone()
             other.counts = None if self.counts is None else self.counts.clone()
+            other.used = None if self.used is None else self.used.clone()
         return other
 
     def __getstate__(self) -> dict[str, Any]:

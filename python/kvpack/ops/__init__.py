@@ -97,7 +97,7 @@ def decode(packed: Tensor, codec: int, side: int, tokens: int, head_dim: int, dt
         packed: uint8 [..., tiles, side_bytes].
         codec: codec code.
         side: 0 key, 1 value.
-        tokens: tokens to return, from the first, at most 64 per tile.
+        tokens: tokens to return, with ``ceil(tokens / 64) == tiles``.
         head_dim: d.
         dtype: of the result: torch.float32, float16 or bfloat16.
 
@@ -130,7 +130,8 @@ def encode_pages(table: Tensor, keys: Tensor, values: Tensor, first_tile: int, l
 
     Args:
         table: int64 [B, P], addresses of pages. Declared as mutated: it stands for the pages.
-        keys: [B, kv_heads, 64 * n, key_dim], any strides with a contiguous last dim; padded tokens as zeros.
+        keys: [B, kv_heads, 64 * n, key_dim]; any strides, best with a contiguous last dim; padded tokens as
+            zeros.
         values: [B, kv_heads, 64 * n, value_dim], as keys.
         first_tile: the first tile to write.
         layout: see ``layout``.
@@ -148,7 +149,7 @@ def decode_pages(
 
     Args:
         table: int64 [B, P], addresses of pages.
-        counts: int32 [T], tokens of each tile (0..64), the same for all rows.
+        counts: int32 [T], tokens of each tile (1..64), the same for all rows.
         side: 0 key, 1 value.
         layout: see ``layout``.
         dtype: of the result: torch.float32, float16 or bfloat16.
@@ -186,13 +187,14 @@ def attend(
     Args:
         query: [B, Hq, q, dk], float32, float16 or bfloat16.
         table: int64 [B, P], addresses of pages; P may be 0.
-        counts: int32 [T], tokens of each tile.
-        sink_keys, sink_values: [B, kv_heads, S, dk or dv] or both None; last dim contiguous.
-        keys, values: [B, kv_heads, E, dk or dv], the window and the call's own tokens, or both None.
+        counts: int32 [T], tokens of each tile (1..64).
+        sink_keys, sink_values: [B, kv_heads, S, dk or dv] or both None, dtype of the query; any
+            strides, best with a contiguous last dim.
+        keys, values: [B, kv_heads, E, dk or dv], the window and the call's own tokens, as sinks.
         rows: int32 [B, 2] of (pad, sink_start), or None for zeros. Positions below pad are masked.
         mask: None, bool (True: attend) or float (added), [B or 1, Hq or 1, q or 1, S + sum(counts) + E]; its
             columns are positions.
-        sink_logits: [Hq], one more logit per head that carries no value, or None.
+        sink_logits: float32 [Hq], one more logit per head that carries no value, or None.
         layout: see ``layout``.
         scale: multiplies the scores.
         softcap: caps the scaled scores at softcap * tanh(score / softcap), before the mask; 0 is off.

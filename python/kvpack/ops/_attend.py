@@ -45,12 +45,17 @@ class Call(NamedTuple):
     precision: int
 
 
-def _pair(name: str, keys: Tensor | None, values: Tensor | None, batch: int, layout: Layout) -> int:
+def _pair(name: str, keys: Tensor | None, values: Tensor | None, query: Tensor, layout: Layout) -> int:
     """The number of tokens of a pair of optional keys and values."""
     if keys is None or values is None:
         if keys is not values:
             raise ValueError(f"one of the {name} keys and values is None; allowed: both or neither")
         return 0
+    if keys.dtype != query.dtype or values.dtype != query.dtype:
+        raise ValueError(
+            f"{name} keys and values are {keys.dtype} and {values.dtype}; allowed: {query.dtype}"
+        )
+    batch = query.shape[0]
     _tables.check_tokens(f"{name} keys", keys, batch, layout, KEY)
     _tables.check_tokens(f"{name} values", values, batch, layout, VALUE)
     if keys.shape[2] != values.shape[2]:
@@ -73,8 +78,8 @@ def _check(call: Call, layout: Layout) -> tuple[int, int]:
     if table.shape[0] != batch:
         raise ValueError(f"table has {table.shape[0]} rows; query has {batch}")
     _pages.check_counts(call.counts, table)
-    sinks = _pair("sink", call.sink_keys, call.sink_values, batch, layout)
-    exact = _pair("exact", call.keys, call.values, batch, layout)
+    sinks = _pair("sink", call.sink_keys, call.sink_values, query, layout)
+    exact = _pair("exact", call.keys, call.values, query, layout)
     if rows is not None and (rows.dtype != torch.int32 or rows.dim() != 2):
         raise ValueError(f"rows is {rows.dtype} with {rows.dim()} dims; allowed: torch.int32 [B, 2]")
     if rows is not None and (rows.shape[0] != batch or rows.shape[1] != 2):
@@ -89,10 +94,10 @@ def _check(call: Call, layout: Layout) -> tuple[int, int]:
         for axis, size in enumerate((batch, heads, count)):
             if mask.shape[axis] != 1 and mask.shape[axis] != size:
                 raise ValueError(f"mask has size {mask.shape[axis]} at dim {axis}; allowed: 1 or {size}")
-    if logits is not None:
-        _tables.check_dtype(logits.dtype, "sink_logits")
-        if logits.dim() != 1 or logits.shape[0] != heads:
-            raise ValueError(f"sink_logits has shape {list(logits.shape)}; allowed: [{heads}]")
+    if logits is not None and (logits.dtype != torch.float32 or list(logits.shape) != [heads]):
+        raise ValueError(
+            f"sink_logits is {logits.dtype} {list(logits.shape)}; allowed: torch.float32 [{heads}]"
+        )
     if not call.softcap >= 0.0:
         raise ValueError(f"softcap is {call.softcap}; allowed: 0 (off) or positive")
     if call.precision not in (0, 1):
@@ -165,7 +170,7 @@ def default(*args: Any, **kwargs: Any) -> Tensor:
     # One more logit per head, that of the sink logits; -inf if there are none. It carries no value.
     extra = scores.new_full((batch, heads, count, 1), float("-inf"))
     if call.sink_logits is not None:
-        extra = call.sink_logits.to(torch.float32)[:, None, None].expand_as(extra)
+        extra = call.sink_logits[:, None, None].expand_as(extra)
     scores = torch.cat((scores, extra), dim=-1)
     peak = scores.amax(dim=-1, keepdim=True)
     weights = torch.exp(scores - peak.clamp(min=torch.finfo(torch.float32).min))

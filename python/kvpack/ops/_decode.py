@@ -20,8 +20,8 @@ def _shape(
     if packed.shape[-1] != size:
         raise ValueError(f"packed has {packed.shape[-1]} bytes per tile; allowed for this codec: {size}")
     tiles = packed.shape[-2]
-    if tokens < 0 or tokens > tiles * _tables.TILE:
-        raise ValueError(f"tokens is {tokens}; allowed for {tiles} tiles: 0..{tiles * _tables.TILE}")
+    if tokens < 0 or (tokens + _tables.TILE - 1) // _tables.TILE != tiles:
+        raise ValueError(f"tokens is {tokens}, which needs another number of tiles than packed has, {tiles}")
     return [*packed.shape[:-2], tokens, head_dim]
 
 

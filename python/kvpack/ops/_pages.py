@@ -33,11 +33,11 @@ def check_counts(counts: Tensor, table: Tensor) -> None:
 
 
 def counts_list(counts: Tensor) -> list[int]:
-    """Tokens per tile; ValueError unless each is in 0..64."""
+    """Tokens per tile; ValueError unless each is in 1..64."""
     values: list[int] = counts.tolist()
     for tile, count in enumerate(values):
-        if not 0 <= count <= TILE:
-            raise ValueError(f"counts[{tile}] is {count}; allowed: 0..{TILE}")
+        if not 1 <= count <= TILE:
+            raise ValueError(f"counts[{tile}] is {count}; allowed: 1..{TILE}")
     return values
 
 

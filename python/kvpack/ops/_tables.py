@@ -178,7 +178,7 @@ def parse_layout(layout: Sequence[int]) -> Layout:
 
 
 def check_tokens(name: str, x: Tensor, batch: int, layout: Layout, side: int) -> None:
-    """ValueError unless x is [batch, kv_heads, tokens, d] of the layout, with a contiguous last dim."""
+    """ValueError unless x is [batch, kv_heads, tokens, d] of the layout."""
     check_dtype(x.dtype, name)
     if x.dim() != 4:
         raise ValueError(f"{name} have {x.dim()} dims; allowed: 4, [B, kv_heads, tokens, d]")
@@ -186,5 +186,3 @@ def check_tokens(name: str, x: Tensor, batch: int, layout: Layout, side: int) ->
     for axis, size, what in wanted:
         if x.shape[axis] != size:
             raise ValueError(f"{name} have {x.shape[axis]} {what}; allowed: {size}")
-    if x.stride(3) != 1:
-        raise ValueError(f"{name} have stride {x.stride(3)} in the last dim; allowed: 1")

@@ -1,0 +1,214 @@
+"""`kvpack doctor`: what is installed, what runs natively, and what a model's cache would look like."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import DebugOption, JsonOption, output, print_json
+
+PACKAGES = ("numpy", "torch", "transformers", "safetensors", "accelerate", "gguf", "typer", "rich", "matplotlib")
+
+
+def own_version() -> str:
+    import kvpack
+
+    return str(kvpack.__version__)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def findings() -> dict[str, Any]:
+    """Versions, the compiled core, the operators, caches and texts; no model is loaded and nothing is fetched."""
+    import kvpack
+    from kvpack.eval.default_model import default_model_path, default_model_ready
+    from kvpack.eval.texts import data_dirs
+
+    found: dict[str, Any] = {
+        "kvpack": own_version(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} CPUs",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "build": kvpack.build_info(),
+        "isa_available": kvpack.isa.available(),
+        "isa_active": kvpack.isa.active(),
+        "isa_pinned": os.environ.get("KVPACK_ISA"),
+        "codecs": kvpack.codecs(),
+        "default_model": {"path": str(default_model_path()), "ready": default_model_ready()},
+        "text": importlib.util.find_spec("pydoc_data.topics") is not None,
+        "data": [str(path) for path in data_dirs() if path.is_dir()],
+    }
+    if found["packages"]["torch"] is not None:
+        import torch
+
+        from kvpack import ops
+
+        found["native_operators"] = bool(ops.native)
+        found["threads"] = torch.get_num_threads()
+    else:
+        found["native_operators"] = None
+    return found
+
+
+def layers_of(config: Any) -> list[dict[str, Any]]:
+    """Per layer: its type, whether it is packed and why not, and its head sizes where the config tells them."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    from kvpack.eval.cachespec import full_layers
+
+    text = config.get_text_config(decoder=True)
+    types, _ = get_layer_types_and_kwargs(text)
+    packed = set(full_layers(config))
+    out = []
+    for index, kind in enumerate(types):
+        own = text.per_layer_config[index]
+        heads = getattr(own, "num_attention_heads", None)
+        head_dim = getattr(own, "head_dim", None) or (own.hidden_size // heads if heads else None)
+        why = "full attention"
+        if index not in packed:
+            why = "MLA latents (kv_lora_rank)" if kind == "full_attention" else f"{kind}: only full attention is packed"
+        elif head_dim is not None:
+            trouble = _head_size_trouble(int(head_dim))
+            if trouble:
+                packed.discard(index)
+                why = trouble
+        out.append(
+            {
+                "layer": index,
+                "type": kind,
+                "head_dim": head_dim,
+                "kv_heads": getattr(own, "num_key_value_heads", None) or heads,
+                "packed": index in packed,
+                "why": why,
+            }
+        )
+    return out
+
+
+def _head_size_trouble(head_dim: int) -> str | None:
+    import kvpack
+
+    try:
+        kvpack.codec("tq4", head_dim=head_dim, side="key")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def model_findings(name: str) -> dict[str, Any]:
+    """What a model's cache would be made of; reads its config only (hub ids: the local cache, then the hub)."""
+    from transformers import AutoConfig
+
+    from kvpack.eval import ModelUnavailableError
+    from kvpack.eval.default_model import default_model_path, default_model_ready
+
+    source = name
+    if name == "default":
+        if not default_model_ready():
+            raise ModelUnavailableError("the default model is not in the cache yet: kvpack ppl fetches it")
+        source = str(default_model_path())
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=Path(source).exists())
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelUnavailableError(f"the config of {name!r} cannot be read: {first}") from error
+    found: dict[str, Any] = {"name": name, "type": config.model_type, "layers": layers_of(config)}
+    found["encoder_decoder"] = bool(getattr(config, "is_encoder_decoder", False))
+    found["verdict"] = _verdict(config)
+    return found
+
+
+def _verdict(config: Any) -> str:
+    """What kvpack.Cache itself says to this config."""
+    import warnings
+
+    import kvpack
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return repr(kvpack.Cache(config))
+        except ValueError as error:
+            return f"refused: {error}"
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also say which layers of this model would be packed.")
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check the installation, and what a model's cache would look like."""
+    found = findings()
+    if model is not None:
+        found["model"] = model_findings(model)
+    healthy = found["native_operators"] is not False
+    if json:
+        print_json({**found, "healthy": healthy})
+    else:
+        _show(found)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console = output()
+    build, native = found["build"], found["native_operators"]
+    lines = {
+        "kvpack": f"{found['kvpack']}, format version {build.get('format_version')}",
+        "python": f"{found['python']}, {found['machine']}",
+        "packages": ", ".join(f"{name} {version or 'MISSING'}" for name, version in found["packages"].items()),
+        "build": ", ".join(f"{name} {value}" for name, value in build.items()),
+        "ISA": f"{found['isa_active']} active; available: {', '.join(found['isa_available'])}"
+        + (f"; KVPACK_ISA={found['isa_pinned']}" if found["isa_pinned"] else ""),
+        "operators": {True: "native", False: "NATIVE LIBRARY MISSING, the PyTorch defaults run: slow", None: "no torch"}[
+            native
+        ],
+        "codecs": ", ".join(found["codecs"]),
+        "default model": f"{found['default_model']['path']} ({'ready' if found['default_model']['ready'] else 'not yet'})",
+        "texts": ("topics" if found["text"] else "pydoc_data MISSING") + "".join(f", {path}" for path in found["data"]),
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(name, value)
+    console.print(table)
+    if "model" not in found:
+        return
+    info = found["model"]
+    console.print(f"\n{info['name']} ({info['type']}): {info['verdict']}", markup=False)
+    layers = Table()
+    for name in ("layers", "type", "KV heads", "head size", "packed", "why"):
+        layers.add_column(name)
+    for first, last, layer in _runs(info["layers"]):
+        span = str(first) if first == last else f"{first}-{last}"
+        values = (layer["type"], layer["kv_heads"], layer["head_dim"], "yes" if layer["packed"] else "no", layer["why"])
+        layers.add_row(span, *(str(value) for value in values))
+    console.print(layers)
+
+
+def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
+    """Neighbouring layers that differ in their number only, as one."""
+    out: list[tuple[int, int, dict[str, Any]]] = []
+    for layer in layers:
+        same = out and {**out[-1][2], "layer": 0} == {**layer, "layer": 0}
+        if same:
+            out[-1] = (out[-1][0], layer["layer"], out[-1][2])
+        else:
+            out.append((layer["layer"], layer["layer"], layer))
+    return out

@@ -1,0 +1,19 @@
+"""HuggingFace transformers: a cache whose full-attention layers are packed and read in packed form.
+
+    cache.py     Cache: which layers are packed; nbytes, memory, stats
+    layer.py     PackedLayer: sinks, tiles and window of one layer, and when tokens move
+    call.py      Call: what one update attends to
+    handle.py    Handle: stands for that in place of a tensor, and turns attention into the fused one
+    padding.py   left padding, and the order of tokens it leads to
+    pages.py     Page, PageTable: packed storage, shared copy-on-write
+    page_ops.py  packing as one step of a compiled graph
+    memory.py    what caches weigh
+"""
+
+from .cache import Cache
+from .handle import Handle
+from .layer import PackedLayer
+from .memory import nbytes
+from .stats import LayerStats
+
+__all__ = ["Cache", "Handle", "LayerStats", "PackedLayer", "nbytes"]

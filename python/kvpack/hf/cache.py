@@ -1,0 +1,231 @@
+"""Cache: a transformers cache whose full-attention layers are packed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache as StockCache
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from kvpack import ops, spec
+from kvpack.spec import CodecSpec
+
+from . import memory, padding
+from .layer import PackedLayer
+from .stats import LayerStats
+
+_PACKED = "full_attention"
+_PRECISIONS = ("default", "high")
+# Config attributes that say: `head_dim` is not the size of the cached vectors of every layer.
+_OTHER_HEAD_SIZES = ("global_head_dim", "attention_head_dim", "qk_nope_head_dim", "v_head_dim")
+
+
+class Cache(StockCache):  # type: ignore[misc]
+    """A KV cache that stays packed and is read packed.
+
+    Pass it as `past_key_values` to a model's `generate` or forward. Layers of full attention are packed; others
+    (sliding window, linear, MLA, ...) keep the stock class, and a warning names them.
+
+    Args:
+        config: the model's config.
+        key, value: codecs, such as "tq4" or "tq4:scale=mse"; `value` None means the same as `key`.
+        window: newest tokens kept exact, at least; up to 63 more wait for a full tile.
+        sinks: first real tokens of each row kept exact.
+        fused: let `scaled_dot_product_attention` read packed bits. False gives attention dense tensors,
+            decoded on every call: an oracle, slow.
+        attention_mask: tokenizer mask [B, L] of the prompt (0 is padding). Needed for left-padded prompts only
+            where attention is not `sdpa`, whose masks the cache reads itself.
+        precision: of the fused path: "default" (int8 scores) or "high".
+        encoder_decoder: this is the self-attention half of an `EncoderDecoderCache`; see
+            `for_encoder_decoder`, which makes both halves.
+
+    Raises:
+        ValueError: for an unknown codec or option, negative window or sinks, a head size that the codecs cannot
+            pack, a model with nothing to pack, and an encoder-decoder without `encoder_decoder=True`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        key: str | CodecSpec = "tq4",
+        value: str | CodecSpec | None = None,
+        *,
+        window: int = 128,
+        sinks: int = 4,
+        fused: bool = True,
+        attention_mask: Tensor | None = None,
+        precision: str = "default",
+        encoder_decoder: bool = False,
+    ) -> None:
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"config is a {type(config).__name__}; allowed: a transformers config, as model.config")
+        if getattr(config, "is_encoder_decoder", False) and not encoder_decoder:
+            raise ValueError(
+                f"{_model(config)} is an encoder-decoder: it would store cross-attention in a bare cache, and be "
+                "silently wrong. Use kvpack.Cache.for_encoder_decoder(config, ...), which is "
+                "EncoderDecoderCache(kvpack.Cache(config, ..., encoder_decoder=True), DynamicCache())"
+            )
+        for name, number in (("window", window), ("sinks", sinks)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"{name}={number!r} is not allowed: a whole number of tokens, 0 or more")
+        if precision not in _PRECISIONS:
+            raise ValueError(f"precision={precision!r} is not allowed: {' or '.join(map(repr, _PRECISIONS))}")
+
+        text = config.get_text_config(decoder=True)
+        types, kwargs = get_layer_types_and_kwargs(text)
+        layers: list[Any] = []
+        stock: dict[str, list[int]] = {}
+        first = None
+        for index, (kind, options, own) in enumerate(zip(types, kwargs, text.per_layer_config, strict=True)):
+            why = _why_stock(kind, own)
+            if why is not None:
+                stock.setdefault(why, []).append(index)
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                continue
+            first = index if first is None else first
+            key_spec, value_spec = _resolve(index, key, value)
+            _check_head_size(index, own, (key_spec, value_spec))
+            layers.append(
+                PackedLayer(
+                    key_spec,
+                    value_spec,
+                    window=window,
+                    sinks=sinks,
+                    fused=fused,
+                    precision=_PRECISIONS.index(precision),
+                    index=index,
+                    query_heads=getattr(own, "num_attention_heads", None),
+                    guards_prompt=index == first,
+                )
+            )
+        if first is None:
+            raise ValueError(f"nothing to pack in {_model(config)}: {_listing(stock)}")
+        if stock:
+            warnings.warn(f"kvpack: not packed in {_model(config)}: {_listing(stock)}", stacklevel=2)
+        super().__init__(layers=layers)
+        self._model_name = _model(config)
+        if attention_mask is not None:
+            self.set_padding(attention_mask)
+
+    @classmethod
+    def for_encoder_decoder(cls, config: Any, *args: Any, **options: Any) -> EncoderDecoderCache:
+        """The cache of an encoder-decoder: packed self-attention, stock cross-attention.
+
+        Arguments as of `Cache`. `crop` and the `batch_*` methods of `EncoderDecoderCache` insist on stock caches
+        and refuse; those of its two halves work.
+        """
+        return EncoderDecoderCache(cls(config, *args, encoder_decoder=True, **options), DynamicCache())
+
+    def __repr__(self) -> str:
+        packed = self.packed_layers
+        key, value = packed[0].specs
+        return (
+            f"kvpack.Cache({self._model_name}, {key}/{value}, {len(packed)} of {len(self.layers)} layers packed, "
+            f"{self.get_seq_length()} tokens, {self.nbytes} bytes)"
+        )
+
+    @property
+    def packed_layers(self) -> list[PackedLayer]:
+        """The layers that are packed."""
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything the cache keeps, a page that rows share once. See also `kvpack.nbytes`."""
+        return memory.nbytes(self)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind: codes, scales, means, window, sinks, slack, tables, other, workspace."""
+        return memory.memory(self)
+
+    def stats(self) -> list[LayerStats]:
+        """What happened in each packed layer since the cache was made or reset."""
+        out = []
+        for layer in self.packed_layers:
+            counters = layer.counters
+            out.append(
+                LayerStats(
+                    layer=layer.index,
+                    key=str(layer.specs[0]),
+                    value=str(layer.specs[1]),
+                    tokens_packed=layer.table.tokens,
+                    packed_tokens_read=counters.packed_tokens_read,
+                    fused_calls=counters.fused_calls,
+                    fallback_calls=dict(counters.fallback_calls),
+                    nonfinite_replaced=counters.nonfinite_replaced,
+                    late_padding=counters.late_padding,
+                )
+            )
+        return out
+
+    def set_padding(self, mask: Tensor) -> None:
+        """Tell which leading positions of each row are padding, before the prompt is run.
+
+        mask: [B, L], 0 is padding, as tokenizers return it; only leading zeros count. With `sdpa` attention the
+        cache reads it from the model's masks; with others it has to be told. `reset()` forgets it.
+        """
+        if mask.dim() != 2 or mask.shape[0] == 0:
+            raise ValueError(f"the padding mask has shape {list(mask.shape)}; allowed: [rows, positions]")
+        pads = padding.from_attention_mask(mask)
+        for layer in self.packed_layers:
+            layer.set_padding(pads)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens from every layer; a positive number is an error."""
+        if tokens_to_remove > 0:  # before any layer is touched
+            raise ValueError(
+                f"crop({tokens_to_remove}): allowed is a negative number, how many tokens to remove from the end"
+            )
+        super().crop(tokens_to_remove)
+
+
+def _model(config: Any) -> str:
+    return f"a {getattr(config, 'model_type', '') or type(config).__name__} model"
+
+
+def _why_stock(kind: str, config: Any) -> str | None:
+    """Why a layer keeps the stock class, or None if it is packed."""
+    if kind != _PACKED:
+        return kind
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return "MLA latents (kv_lora_rank)"
+    return None
+
+
+def _listing(stock: Mapping[str, list[int]]) -> str:
+    parts = []
+    for why, layers in stock.items():
+        shown = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
+        parts.append(f"{why} (layer{'s' if len(layers) > 1 else ''} {shown})")
+    return "; ".join(parts) + "; only full attention over keys and values is packed"
+
+
+def _resolve(layer: int, key: str | CodecSpec, value: str | CodecSpec | None) -> tuple[CodecSpec, CodecSpec]:
+    """Codecs of one layer. All layers have the same in this release; a policy will resolve here."""
+    key_spec = spec.parse(key)
+    return key_spec, key_spec if value is None else spec.parse(value)
+
+
+def _check_head_size(layer: int, config: Any, specs: tuple[CodecSpec, CodecSpec]) -> None:
+    """ValueError early, where the config already tells that a layer's head size cannot be packed.
+
+    The first keys and values have the last word, see `checks.layout`.
+    """
+    if any(getattr(config, name, None) is not None for name in _OTHER_HEAD_SIZES):
+        return
+    size = getattr(config, "head_dim", None)
+    if size is None:
+        heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+        if not heads or not hidden or hidden % heads:
+            return
+        size = hidden // heads
+    for side, codec in enumerate(specs):
+        try:
+            ops.side_bytes(codec.code(), size, side)
+        except ValueError as error:
+            name = "key" if side == 0 else "value"
+            raise ValueError(f"layer {layer} cannot be packed with {name} codec {codec}: {error}") from error
