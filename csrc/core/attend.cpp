@@ -258,6 +258,13 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
 
 void check(const Plan& plan) {
   const AttendParams& p = plan.p;
+  for (int64_t b = 0; p.rows != nullptr && b < p.batch; ++b) {
+    const int32_t pad = p.rows[2 * b], start = p.rows[2 * b + 1];
+    if (pad < 0 || start < 0 || (p.sinks > 0 && start > plan.packed + p.exact))
+      throw std::invalid_argument("attend: rows[" + std::to_string(b) + "] is (pad " + std::to_string(pad) + ", sink_start " +
+                                  std::to_string(start) + "); allowed: 0 or more, and sink_start at most the " +
+                                  std::to_string(plan.packed + p.exact) + " tokens of the stream");
+  }
   for (int64_t t = 0; t < p.tiles; ++t)
     if (p.counts[t] < 1 || p.counts[t] > kTile)
       throw std::invalid_argument("attend: tile " + std::to_string(t) + " counts " + std::to_string(p.counts[t]) + " tokens; allowed: 1..64");

@@ -31,6 +31,9 @@ SideLayout layout_of(int64_t codec, int64_t head_dim, Side side) {
   if (!head_dim_supported(head_dim))
     throw std::invalid_argument("head_dim " + std::to_string(head_dim) + " is not supported; allowed: 64, 128, 256");
   const CodecInfo& info = kInfo[static_cast<size_t>(code.id)];
+  if ((!info.rotated && code.rule != Rule::stored) || (info.bits != 0 && code.dtype != Dtype::f32))
+    throw std::invalid_argument("codec code " + std::to_string(codec) + ": " + std::string(info.name) +
+                                (info.bits != 0 ? " has no element dtype" : "") + (info.rotated ? "" : " has no scale rule"));
   const auto d = static_cast<int32_t>(head_dim);
   return side_layout(info.bits, scale_blocks(info.scale_block, info.bits, d), d, side, code.dtype);
 }

@@ -73,7 +73,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   const CodeGrid grid{Codec::kBits, a.head_dim, kTile};
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   alignas(64) int32_t operand[kPlanes][G][kOperands];
-  float worth[G];
+  float worth[G] = {};
   int ready = -1;
   for (int sb = 0; sb < grid.superblocks(); ++sb) {
     const uint8_t* base = a.tile.codes + grid.line(sb, 0, 0);

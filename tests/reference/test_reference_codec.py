@@ -5,9 +5,11 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kvpack import reference
 from kvpack.reference import (
@@ -132,19 +134,28 @@ def test_a_tile_does_not_depend_on_its_neighbours(name: str, side: str) -> None:
 
 @pytest.mark.parametrize("side", SIDES)
 def test_exact_keeps_every_bit(side: str) -> None:
-    bits = np.arange(2**16, dtype=np.uint16).reshape(-1, 64)  # 1024 tokens
-    x16 = bits.view(np.float16)
+    bits = np.arange(2**16, dtype=np.uint16).reshape(-1, 64)  # 1024 tokens; infinities and NaN made finite below
+    half = np.where((bits & 0x7C00) == 0x7C00, bits & 0x83FF, bits).astype(np.uint16)
+    x16 = half.view(np.float16)
     packed = encode(x16, "exact", side=side)
     np.testing.assert_array_equal(decode(packed, "exact", side, 64, dtype="float16"), x16.astype(np.float64))
-    brain = (bits.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(invalid="ignore"):
-        wide = brain.astype(np.float64)
+    brain = np.where((bits & 0x7F80) == 0x7F80, bits & 0x807F, bits).astype(np.uint16)
+    wide = (brain.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     np.testing.assert_array_equal(
-        decode(encode(bits, "exact", side=side), "exact", side, 64, dtype="bfloat16"), wide
+        decode(encode(brain, "exact", side=side), "exact", side, 64, dtype="bfloat16"), wide
     )
-    assert (encode(bits, "exact", side=side) == packed).all()  # the same bits
     x = np.ldexp(gaussian(64, 64), np.random.default_rng(0).integers(-160, 120, (64, 64)).astype(np.int32))
     np.testing.assert_array_equal(decode(encode(x, "exact", side=side), "exact", side, 64), x)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.array(np.nan, np.float32), np.array(np.inf, np.float16), np.array(0xFF80, np.uint16)]
+)
+def test_exact_refuses_what_is_not_finite(bad: NDArray[Any]) -> None:
+    x = np.zeros((3, 64), bad.dtype)
+    x[1, 2] = bad
+    with pytest.raises(ValueError, match="token 1: dim 2 is .*not finite"):
+        encode(x, "exact")
 
 
 def test_input_is_not_changed_and_output_is_writable() -> None:

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -124,6 +124,7 @@ class Reporter:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout; what is not finite is null."""
+    value = value.to_json() if hasattr(value, "to_json") else value
     sys.stdout.write(json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
@@ -175,18 +176,20 @@ def figure(x: float, digits: int = 2) -> str:
     return f"{float(f'{x:.{digits}g}'):f}".rstrip("0").rstrip(".") if abs(x) < 1e15 else f"{x:.1e}"
 
 
+def _with(value: str, half: float, reach: str) -> str:
+    return value if half != half else f"{value} ± {reach}"
+
+
 def kld(interval: Interval) -> str:
-    """A divergence with half its interval."""
-    return f"{figure(interval.value)} ± {figure(interval.half, 1)}"
+    """A divergence with half its interval, if it has one."""
+    return _with(figure(interval.value), interval.half, figure(interval.half, 1))
 
 
 def percent(interval: Interval) -> str:
-    return f"{interval.value * 100:.1f} ± {interval.half * 100:.1f}"
+    """A share as a percentage, with half its interval."""
+    return _with(f"{interval.value * 100:.1f}", interval.half, f"{interval.half * 100:.1f}")
 
 
 def number(interval: Interval, digits: int = 2) -> str:
-    return f"{interval.value:.{digits}f} ± {interval.half:.{digits}f}"
-
-
-def join(parts: Sequence[str]) -> str:
-    return ", ".join(parts)
+    """A figure with half its interval, both to so many decimals."""
+    return _with(f"{interval.value:.{digits}f}", interval.half, f"{interval.half:.{digits}f}")

@@ -116,7 +116,7 @@ def model_findings(name: str) -> dict[str, Any]:
     source = name
     if name == "default":
         if not default_model_ready():
-            raise ModelUnavailableError("the default model is not in the cache yet: kvpack ppl fetches it")
+            raise ModelUnavailableError("the default model is not in the cache yet: kvpack demo fetches it")
         source = str(default_model_path())
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=Path(source).exists())

@@ -1,6 +1,7 @@
 """Measuring: what a packed cache costs in quality and gains in bytes and speed.
 
     perplexity, divergence   one cache, one of four named modes (kvpack.eval.modes)
+    agreement                of two modes with each other
     sweep, grid              many caches, resumable
     decode_speed, prefill    tokens per second against the stock cache, paired
     load_model, load_text    the default model and text, or yours
@@ -14,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .agree import agreement as agreement
     from .cachespec import CacheSpec as CacheSpec
     from .errors import EmulationError as EmulationError
     from .errors import MeasureError as MeasureError
@@ -49,6 +51,7 @@ _HOME = {
     "NothingPackedError": "errors",
     "Perplexity": "results",
     "TextUnavailableError": "errors",
+    "agreement": "agree",
     "cut_windows": "texts",
     "decode_speed": "speed",
     "divergence": "measure",
@@ -66,6 +69,11 @@ __all__ = [*_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        if (error.name or "kvpack").partition(".")[0] == "kvpack":
+            raise
+        raise ImportError(f"kvpack.eval.{name} needs {error.name}: pip install 'kvpack[hf]'") from error

@@ -21,7 +21,7 @@ class CacheSpec:
     window: int = 128
     sinks: int = 4
     fused: bool = True
-    precision: Any = None
+    precision: str = "default"
     factory: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -89,16 +89,14 @@ class CacheSpec:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `kvpack.Cache`."""
-        out: dict[str, Any] = {
+        return {
             "key": self.key,
             "value": self.value_codec,
             "window": self.window,
             "sinks": self.sinks,
             "fused": self.fused,
+            "precision": self.precision,
         }
-        if self.precision is not None:
-            out["precision"] = self.precision
-        return out
 
     def to_json(self) -> dict[str, Any]:
         out = asdict(replace(self, factory=None))

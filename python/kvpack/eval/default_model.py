@@ -8,8 +8,10 @@ cut off leaves nothing half done, and two runs at once do not disturb each other
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -129,7 +131,8 @@ def _convert(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with no_progress_bars():
+    # The reader of GGUF draws a bar of its own, whatever the settings.
+    with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
         )

@@ -82,7 +82,7 @@ def task(
     return Task(model, name, text, windows, documents or tuple(range(len(windows))), prompt, first)
 
 
-def _refuse_unless_packed(work: Task, spec: CacheSpec, mode: str, chunk: int) -> None:
+def check_packed(work: Task, spec: CacheSpec, mode: str, chunk: int) -> None:
     """Raises before any work where the window rule alone says that nothing will be packed."""
     if mode == "fake":
         return
@@ -234,7 +234,7 @@ def perplexity(
     if spec is None:
         mode = EXACT
     else:
-        _refuse_unless_packed(work, spec, mode, chunk)
+        check_packed(work, spec, mode, chunk)
     scores, run = score(work, spec, mode, chunk=chunk, progress=progress)
     fields, groups = _setting(work, spec, mode, chunk, run, scores, started)
     interval = metrics.perplexity_interval(scores.nll, groups, confidence)
@@ -263,7 +263,7 @@ def divergence(
     chunk = check_mode(mode, chunk)
     work = task(model, ids, prompt=prompt, skip=skip)
     spec = CacheSpec.of(cache)
-    _refuse_unless_packed(work, spec, mode, chunk)
+    check_packed(work, spec, mode, chunk)
     if reference is None:
         reference = work.reference(budget=0)
     elif (reference.feed.prompt, reference.feed.first) != (work.prompt, work.first):

@@ -157,7 +157,7 @@ def random_model(dtype: str = "float32", *, layers: int = 4, seed: int = 0, **si
             width = fields["hidden_size"] ** -0.5
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
-                    gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+                    gain = 1.4 if "q_proj" in name or "k_proj" in name else 1.0
                     parameter.normal_(std=gain * width)
     finally:
         torch.random.set_rng_state(state)

@@ -54,9 +54,8 @@ class Setting:
         return self.dense_bytes / self.cache_bytes if self.cache_bytes and self.dense_bytes else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, strings and numbers; what is not finite is None."""
-        out: dict[str, Any] = jsonable(self)
-        return out
+        """Plain dicts, strings and numbers, label and compression too; what is not finite is None."""
+        return {"label": self.label, "compression": self.compression, **jsonable(self)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from .results import Divergence
 from .speed import STOCK, DecodeSpeed, continue_text, decode_speed, prefill
 from .texts import Text, cut_windows
 
-CODECS = ("q8_0", "tq4", "q4_0", "tq4/tq3", "tq3", "tq2")
+CODECS = ("q8_0", "q4_0", "tq4", "tq4/tq3", "tq3", "tq2")
 ANCHOR = "tq4"
 QUESTION = "In one paragraph, explain what the try statement does in Python."
 PLAIN_QUESTION = "Summarise the text above in one paragraph."
@@ -37,7 +37,7 @@ class Sizes:
     call; the anchor scores `anchor` tokens. Speed: rounds x tokens. text: tokens to generate."""
 
     prompt: int = 4096
-    count: int = 4
+    count: int = 6
     length: int = 1024
     first: int = 512
     anchor: int = 320

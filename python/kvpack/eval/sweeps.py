@@ -10,19 +10,21 @@ from typing import Any
 
 from .cachespec import CacheSpec
 from .measure import Task, divergence, task
-from .metrics import jsonable
 from .modes import Progress, check_mode, no_progress
 from .results import Divergence, divergence_from
 
 
 def row_key(work: Task, spec: CacheSpec, mode: str, chunk: int) -> str:
     """What makes a row the same row: everything that its figures depend on, in 16 hex digits."""
-    digest = hashlib.sha256()
+    import kvpack
+
+    digest = hashlib.sha256(f"{kvpack.__version__} {kvpack.spec.FORMAT_VERSION}".encode())
     said = [work.name, str(next(work.model.parameters()).dtype), mode, chunk, work.prompt, work.first, work.documents]
     digest.update(json.dumps([said, spec.to_json()], default=str).encode())
     for ids in work.ids:
         digest.update(ids.numpy().tobytes() + b"|")
-    for parameter in list(work.model.parameters())[:: max(1, sum(1 for _ in work.model.parameters()) // 8)]:
+    parameters = list(work.model.parameters())
+    for parameter in parameters[:: max(1, len(parameters) // 8)]:
         # A few weights: a local path may hold another model tomorrow.
         digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -101,7 +103,7 @@ def sweep(
                 progress=progress,
             )
             if file:
-                _append(file, {"row": key, **jsonable(result)})
+                _append(file, {"row": key, **result.to_json()})
         results.append(result)
         if on_row:
             on_row(result, taken)

@@ -32,6 +32,7 @@ class Call:
     __slots__ = (
         "epoch",
         "exact",
+        "fresh",
         "layer",
         "length",
         "packed",
@@ -39,7 +40,6 @@ class Call:
         "sinks",
         "tiles",
         "told",
-        "used",
         "whole",
     )
 
@@ -54,17 +54,14 @@ class Call:
         self.rows = layer.rows
         self.length = length
         self.tiles, self.packed = layer.table.tiles, layer.table.tokens
-        self.used = layer.table.used
+        self.fresh = 0  # tiles packed since, in the same call; counted in graphs only
         self.sinks: tuple[Tensor, Tensor] | None = None
         if sink_count:
             assert layer.sinks is not None
             keys, values = layer.sinks
-            self.sinks = (keys[:, :, :sink_count], values[:, :, :sink_count])
-
-    def keep_used(self) -> None:
-        """In a graph: keep the tile count, which packing is about to raise."""
-        assert self.used is not None
-        self.used = self.used.clone()
+            if sink_count < layer.sinks_wanted:
+                keys, values = keys[:, :, :sink_count], values[:, :, :sink_count]
+            self.sinks = (keys, values)
 
     def check(self) -> None:
         """RuntimeError if the layer changed what this call refers to."""
@@ -97,15 +94,20 @@ class Call:
         assert table.addresses is not None and table.counts is not None
         return table.addresses, table.counts
 
+    def _used(self) -> Tensor:
+        used = self.layer.table.used
+        assert used is not None
+        return used
+
     def _decode(self, side: int, dtype: torch.dtype) -> Tensor:
         addresses, counts = self._tables()
         layout = self.layer.layout
         fast = dtype if dtype in _FUSED_DTYPES else torch.float32
         if torch.compiler.is_compiling():
-            args = (addresses, counts, self.used, side, layout, fast, self.packed)
+            args = (addresses, counts, self._used(), self.fresh, side, layout, fast, self.packed)
             decoded: Tensor = page_ops.decode_tiles(*args)
         else:
-            decoded = ops.decode_pages(addresses, counts[: self.tiles], side, layout, fast)
+            decoded = ops.decode_pages(addresses, self.layer.table.first(self.tiles), side, layout, fast)
         return decoded.to(dtype)
 
     def obstacle(self, query: Tensor, mask: Tensor | None, dropout: float) -> str | None:
@@ -146,10 +148,10 @@ class Call:
         addresses, counts = self._tables()
         scale = dim**-0.5 if scale is None else scale
         if torch.compiler.is_compiling():
-            found = (addresses, counts, self.used, *sinks, *exact, self.rows, mask)
+            found = (addresses, counts, self._used(), self.fresh, *sinks, *exact, self.rows, mask)
             out: Tensor = page_ops.attend_tiles(query, *found, layer.layout, scale, layer.precision)
         else:
-            found = (addresses, counts[: self.tiles], *sinks, *exact, self.rows, mask)
+            found = (addresses, layer.table.first(self.tiles), *sinks, *exact, self.rows, mask)
             out = ops.attend(query, *found, None, layer.layout, scale, precision=layer.precision)
         return out.reshape(batch, heads, count, -1) if fold else out
 

@@ -42,8 +42,9 @@ def layout(index: int, known: dict[torch.dtype, tuple[int, int]], keys: Tensor, 
     if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
         raise mismatch(index, keys, values)
     key_code, value_code = known[keys.dtype]
+    out = [key_code, keys.shape[3], value_code, values.shape[3], keys.shape[1]]
     try:
-        return ops.layout(key_code, keys.shape[3], value_code, values.shape[3], keys.shape[1])
+        return out if torch.compiler.is_compiling() else ops.layout(*out)  # operators check it again
     except ValueError as error:
         raise ValueError(
             f"{where} cannot be packed (key head size {keys.shape[3]}, value head size {values.shape[3]}): {error}"

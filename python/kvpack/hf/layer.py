@@ -253,8 +253,8 @@ class PackedLayer(CacheLayerMixin):
         end = begin + own[KEY].shape[2]
         keys, values = self.window
         if end <= self.window_size + TILE:
-            keys[:, :, begin:end] = own[KEY]
-            values[:, :, begin:end] = own[VALUE]
+            keys.narrow(2, begin, end - begin).copy_(own[KEY])
+            values.narrow(2, begin, end - begin).copy_(own[VALUE])
             exact = (keys[:, :, :end], values[:, :, :end])
         else:
             exact = (
@@ -264,8 +264,7 @@ class PackedLayer(CacheLayerMixin):
         length = self.length + count
         call = Call(self, exact, False, length, sink_count)
         if end >= self.window_size + TILE:
-            if torch.compiler.is_compiling():
-                call.keep_used()
+            call.fresh = (end - self.window_size) // TILE
             end = self._pack(exact, end)
         self.window_count, self.sink_count, self.length = end, sink_count, length
         return call

@@ -3,7 +3,8 @@
 Packing allocates pages and follows their addresses, and the number of packed tiles grows as the graph runs
 again and again; compiled in as a number, it would mean a new graph for each. In traced code a layer is therefore
 a number in a tensor (`writer`), which eager code looks up in a registry of weak references, and the tile count
-is a tensor too (`used`). The declared effects of packing, on addresses and tile count, keep the order.
+is a tensor too (`used`). The declared effects of packing, on addresses and tile count, keep the order: a call
+packs before it reads, and leaves the `fresh` tiles of its own out.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def _decode_fake(
     addresses: Tensor,
     counts: Tensor,
     used: Tensor,
+    fresh: int,
     side: int,
     layout: Sequence[int],
     dtype: torch.dtype,
@@ -65,12 +67,13 @@ def _decode(
     addresses: Tensor,
     counts: Tensor,
     used: Tensor,
+    fresh: int,
     side: int,
     layout: Sequence[int],
     dtype: torch.dtype,
     tokens: int,
 ) -> Tensor:
-    return ops.decode_pages(addresses, counts[: int(used)], side, layout, dtype)
+    return ops.decode_pages(addresses, counts[: int(used) - fresh], side, layout, dtype)
 
 
 def _attend_fake(
@@ -78,6 +81,7 @@ def _attend_fake(
     addresses: Tensor,
     counts: Tensor,
     used: Tensor,
+    fresh: int,
     sink_keys: Tensor | None,
     sink_values: Tensor | None,
     keys: Tensor | None,
@@ -96,6 +100,7 @@ def _attend(
     addresses: Tensor,
     counts: Tensor,
     used: Tensor,
+    fresh: int,
     sink_keys: Tensor | None,
     sink_values: Tensor | None,
     keys: Tensor | None,
@@ -107,7 +112,7 @@ def _attend(
     precision: int,
 ) -> Tensor:
     sinks, exact = (sink_keys, sink_values), (keys, values)
-    in_use = counts[: int(used)]
+    in_use = counts[: int(used) - fresh]
     return ops.attend(
         query, addresses, in_use, *sinks, *exact, rows, mask, None, layout, scale, precision=precision
     )
@@ -121,18 +126,18 @@ write_tiles = _library.register(
 """Encode keys and values [B, kv_heads, 64 * n, d] as the next tiles of a layer."""
 
 decode_tiles = _library.register(
-    "decode_tiles(Tensor addresses, Tensor counts, Tensor used, int side, int[] layout, ScalarType dtype, "
+    "decode_tiles(Tensor addresses, Tensor counts, Tensor used, SymInt fresh, int side, int[] layout, ScalarType dtype, "
     "SymInt tokens) -> Tensor",
     _decode_fake,
     _decode,
 )
-"""`ops.decode_pages` of the tiles in use, which hold `tokens` tokens."""
+"""`ops.decode_pages` of the tiles in use but for the last `fresh`; they hold `tokens` tokens."""
 
 attend_tiles = _library.register(
-    "attend_tiles(Tensor query, Tensor addresses, Tensor counts, Tensor used, Tensor? sink_keys, "
+    "attend_tiles(Tensor query, Tensor addresses, Tensor counts, Tensor used, SymInt fresh, Tensor? sink_keys, "
     "Tensor? sink_values, Tensor? keys, Tensor? values, Tensor? rows, Tensor? mask, int[] layout, float scale, "
     "int precision) -> Tensor",
     _attend_fake,
     _attend,
 )
-"""`ops.attend` over the tiles in use."""
+"""`ops.attend` over the tiles in use but for the last `fresh`."""

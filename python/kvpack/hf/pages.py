@@ -66,6 +66,7 @@ class PageTable:
         self.tiles = 0
         self.tokens = 0
         self._cut: dict[int, int] = {}  # tokens of the tiles that a crop cut
+        self._first: Tensor | None = None  # the last answer of `first`
 
     def start(self, layout: Sequence[int], batch: int, device: torch.device) -> None:
         """Forget everything and begin an empty table for `batch` rows of this layout."""
@@ -73,6 +74,7 @@ class PageTable:
         self.rows = [[] for _ in range(batch)]
         self.tiles = self.tokens = 0
         self._cut = {}
+        self._first = None
         with normal_mode():
             self.addresses = torch.zeros((batch, _FIRST_PAGES), dtype=torch.int64, device=device)
             self.counts = torch.full((_FIRST_PAGES * PAGE_TILES,), TILE, dtype=torch.int32, device=device)
@@ -81,6 +83,7 @@ class PageTable:
     def clear(self) -> None:
         """Let go of all pages and buffers."""
         self.rows, self.addresses, self.counts, self.used = [], None, None, None
+        self._first = None
         self.tiles = self.tokens = 0
         self._cut = {}
 
@@ -138,7 +141,15 @@ class PageTable:
             grown[:, :room] = addresses
             full[: room * PAGE_TILES] = counts
             self.addresses, self.counts = addresses, counts = grown, full
+            self._first = None
         return addresses
+
+    def first(self, tiles: int) -> Tensor:
+        """Counts of the first tiles, int32 [tiles]."""
+        if self._first is None or self._first.shape[0] != tiles:
+            assert self.counts is not None
+            self._first = self.counts[:tiles]
+        return self._first
 
     def _copy(self, page: Page, slots: int) -> Page:
         heads, record = self.layout[4], ops.record_bytes(self.layout)
@@ -188,7 +199,7 @@ class PageTable:
                 if id(page) not in moved:
                     moved[id(page)] = Page(page.data.to(device), page.filled)
                 row[p] = moved[id(page)]
-        self.counts = self.counts.to(device)
+        self.counts, self._first = self.counts.to(device), None
         self.used = None if self.used is None else self.used.to(device)
         self.addresses = self.addresses.to(device)
         self._refresh()
@@ -223,7 +234,7 @@ class PageTable:
 
     def __getstate__(self) -> dict[str, Any]:
         rows = [[(page.data, page.filled) for page in row] for row in self.rows]
-        return {**self.__dict__, "rows": rows}
+        return {**self.__dict__, "rows": rows, "_first": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

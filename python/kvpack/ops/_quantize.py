@@ -143,19 +143,24 @@ def _encode_q4_0(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).reshape(x.shape), scale
 
 
+def check_finite(x: Tensor, side: int) -> None:
+    """ValueError, naming the token, if x [..., tokens, d] has NaN or infinities."""
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        at = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"NaN or Inf in the {SIDES[side]} of token {at[-2]}: dim {at[-1]} is {float(x[tuple(at)])} "
+            "(KVPACK_NONFINITE=zero replaces and counts)"
+        )
+
+
 def quantize(x: Tensor, codec: Codec, side: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [..., tokens, d] and scales float16 [..., tokens, nsb] of float32 x [..., tokens, d].
 
     Not for `exact`, and not for an empty x. ValueError, naming the token, if x is not finite, or a scale
     is not finite in float16.
     """
-    finite = torch.isfinite(x)
-    if not bool(finite.all()):
-        at = (~finite).nonzero()[0].tolist()
-        raise ValueError(
-            f"{SIDES[side]} of token {at[-2]}, dim {at[-1]} is {float(x[tuple(at)])}; "
-            f"{codec.family.name} encodes finite values only"
-        )
+    check_finite(x, side)
     if codec.family.rotated:
         codes, scale = _encode_rotated(x, codec)
     else:

@@ -97,6 +97,7 @@ def encode_tiles(x: Tensor, codec: Codec, side: int, sizes: Sections) -> Tensor:
         fill = x.new_zeros((*head, tiles * TILE - tokens, d))
         x = torch.cat((x, fill), dim=-2)
     if codec.exact:
+        _quantize.check_finite(x, side)
         whole = x.reshape(*head, tiles, TILE, d)
         elements = whole.transpose(-1, -2) if side == KEY else whole
         return _reinterpret(elements, torch.uint8).reshape(*head, tiles, sizes.codes)

@@ -23,7 +23,7 @@ from .packing import (
     unpack_elements,
     unpack_scales,
 )
-from .quantize import CODECS, SCALE_RULES, check_head_size, dequantize, quantize, scale_rule
+from .quantize import CODECS, SCALE_RULES, check_finite, check_head_size, dequantize, quantize, scale_rule
 
 __all__ = [
     "SIDES",
@@ -87,7 +87,7 @@ def encode(x: NDArray[Any], name: str, scale: str | None = None, side: str = "ke
     """Canonical bytes of tokens: uint8 [..., ceil(tokens / 64), side_bytes].
 
     x: [..., tokens, d], float32 or float16; for `exact` also uint16, the bits of bfloat16 (its elements are
-    kept as they are, NaN included). The last tile is filled up with vectors of zeros.
+    kept as they are). The last tile is filled up with vectors of zeros.
     scale: a scale rule, for rotated codecs only; None is their default, "norm".
     ValueError for NaN and infinities, scales beyond fp16 (both name the token), unknown options and sizes.
     """
@@ -108,6 +108,7 @@ def encode(x: NDArray[Any], name: str, scale: str | None = None, side: str = "ke
     if name == "exact":
         if x.dtype not in DTYPES.values():
             raise ValueError(f"x is {x.dtype}; exact keeps float32, float16, and uint16 for bfloat16")
+        check_finite(x, side)
         return pack_elements(in_tiles(filled), side)
     codes, scales = quantize(filled, name, scale, side)
     return np.concatenate(

@@ -104,6 +104,15 @@ def _token(index: NDArray[np.intp]) -> str:
     return f"token {token}" + (f" of row {tuple(lead)}" if lead else "")
 
 
+def check_finite(x: NDArray[Any], side: str) -> None:
+    """ValueError, naming the first such token, for NaN and infinities. uint16 holds the bits of bfloat16."""
+    finite = (x & 0x7F80) != 0x7F80 if x.dtype == np.uint16 else np.isfinite(x)
+    if not finite.all():
+        where = np.argwhere(~finite)[0]
+        value = "not finite" if x.dtype == np.uint16 else f"{x[tuple(where)]}, not finite"
+        raise ValueError(f"{side} {_token(where[:-1])}: dim {where[-1]} is {value}")
+
+
 def quantize(
     x: NDArray[Any], name: str, scale: str | None = None, side: str = "key"
 ) -> tuple[Codes, NDArray[np.float16]]:
@@ -119,9 +128,7 @@ def quantize(
     if x.dtype not in (np.float32, np.float16):
         raise ValueError(f"x is {x.dtype}; {name} encodes float32 and float16")
     check_head_size(x.shape[-1])
-    if not np.isfinite(x).all():
-        where = np.argwhere(~np.isfinite(x))[0]
-        raise ValueError(f"{side} {_token(where[:-1])}: dim {where[-1]} is {x[tuple(where)]}, not finite")
+    check_finite(x, side)
 
     codes, wide = codec.quantize(x.astype(np.float32).reshape(-1, x.shape[-1]), rule)
     with np.errstate(over="ignore", under="ignore"):

@@ -1,0 +1,130 @@
+// Policies "neon" (Armv8-A) and "neon_dotprod" (with sdot). 4 lanes. What a policy provides is described in scalar.h.
+//
+// Both dot products are signed by signed, so quantized probabilities stay below 128. Byte products of |127| * |128|
+// summed in pairs fit 16 bits (32512), which is what the version without sdot relies on.
+#pragma once
+#include <arm_neon.h>
+
+#include "kvpack/types.h"
+#include "simd/half.h"
+
+namespace {
+
+struct Neon {
+  using I = int32x4_t;
+  using F = float32x4_t;
+  using Code = int8x16_t;
+  static constexpr int kLanes = 4, kAccumulators = 16, kProbMax = 127, kKeyOffset = 0, kOperandDwords = 1;
+
+  static uint8x16_t bytes(I v) { return vreinterpretq_u8_s32(v); }
+  static I from(uint8x16_t v) { return vreinterpretq_s32_u8(v); }
+
+  static I load_bytes(const uint8_t* p) { return from(vld1q_u8(p)); }
+  static I splat(int32_t v) { return vdupq_n_s32(v); }
+  static I shift_right_16(I v, int n) {
+    return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(v), vdupq_n_s16(static_cast<int16_t>(-n))));
+  }
+  template <int Mask>
+  static I select_bits(I a, I b) {
+    return from(vbslq_u8(vdupq_n_u8(Mask), bytes(a), bytes(b)));
+  }
+
+  struct TableBytes {
+    alignas(16) int8_t level[16];
+  };
+  template <int Bits>
+  struct Table {
+    int8x16_t level;
+  };
+  template <int Bits>
+  static constexpr TableBytes table_bytes(const int8_t* level, int offset) {
+    TableBytes t{};
+    for (int i = 0; i < 16; ++i) t.level[i] = static_cast<int8_t>(level[i & ((1 << Bits) - 1)] + offset);
+    return t;
+  }
+  template <int Bits>
+  static Table<Bits> load_table(const TableBytes& t) {
+    return {vld1q_s8(t.level)};
+  }
+  // Byte shifts do not mix neighbours, so the top field needs no mask.
+  template <int Bits, int Pos>
+  static I look_up(const Table<Bits>& t, I raw) {
+    uint8x16_t field = bytes(raw);
+    if constexpr (Pos != 0) field = vshrq_n_u8(field, Pos == 0 ? 1 : Pos);
+    if constexpr (Pos + Bits < 8) field = vandq_u8(field, vdupq_n_u8((1 << Bits) - 1));
+    return vreinterpretq_s32_s8(vqtbl1q_s8(t.level, field));
+  }
+  static I flip_sign_bit(I v) { return from(veorq_u8(bytes(v), vdupq_n_u8(0x80))); }
+  static Code expand(I levels) { return vreinterpretq_s8_s32(levels); }
+
+  template <kvpack::Side>
+  static void pack_operand(const uint8_t* four, int32_t* out) {
+    __builtin_memcpy(out, four, 4);
+  }
+  template <kvpack::Side>
+  static I dot(I acc, Code code, const int32_t* operand) {
+    const int8x16_t w = vreinterpretq_s8_s32(vdupq_n_s32(*operand));
+    const int16x8_t low = vmull_s8(vget_low_s8(code), vget_low_s8(w)), high = vmull_high_s8(code, w);
+    return vpadalq_s16(acc, vpaddq_s16(low, high));
+  }
+
+  static F load(const float* p) { return vld1q_f32(p); }
+  static void store(float* p, F v) { vst1q_f32(p, v); }
+  static F set1(float v) { return vdupq_n_f32(v); }
+  static F zero() { return vdupq_n_f32(0.0F); }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
+  static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F div(F a, F b) { return vdivq_f32(a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static F min(F a, F b) { return vminq_f32(a, b); }
+  static F abs(F a) { return vabsq_f32(a); }
+  static F copy_sign(F magnitude, F sign) { return vbslq_f32(vdupq_n_u32(0x80000000U), sign, magnitude); }
+  static F round_even(F a) { return vrndnq_f32(a); }
+  static F truncate(F a) { return vrndq_f32(a); }
+  static F to_float(I v) { return vcvtq_f32_s32(v); }
+  // n in -126..0 (clamped by the caller), a in [0.5, 2]: the exponent field takes n.
+  static F scale_by_power(F a, F n) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vcvtnq_s32_f32(n), 23)));
+  }
+  static F add_where_greater(F acc, F a, F b, F inc) {
+    return vaddq_f32(acc, vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a, b), vreinterpretq_u32_f32(inc))));
+  }
+  static F zero_where_less(F v, F a, F b) {
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(a, b)));
+  }
+  static float reduce_max(F v) { return vmaxvq_f32(v); }
+  static float reduce_add(F v) { return vaddvq_f32(v); }
+  static F hadamard_in_lane(F v) {
+    const float swap_signs[2][4] = {{1, 1, -1, -1}, {1, -1, 1, -1}};
+    v = vfmaq_f32(vextq_f32(v, v, 2), v, vld1q_f32(swap_signs[0]));
+    return vfmaq_f32(vrev64q_f32(v), v, vld1q_f32(swap_signs[1]));
+  }
+  static void store_low_bytes(uint8_t* p, F v) {
+    const uint16x4_t half = vmovn_u32(vreinterpretq_u32_s32(vcvtq_s32_f32(v)));
+    const uint8x8_t low = vmovn_u16(vcombine_u16(half, half));
+    vst1_lane_u32(reinterpret_cast<uint32_t*>(p), vreinterpret_u32_u8(low), 0);
+  }
+  static void reduce_add_4(F a, F b, F c, F d, float* out) { vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
+  static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
+  template <kvpack::Dtype T>
+  static F load_element(const uint8_t* p) {
+    if constexpr (T == kvpack::Dtype::f32) return vld1q_f32(reinterpret_cast<const float*>(p));
+    const uint16x4_t h = vld1_u16(reinterpret_cast<const uint16_t*>(p));
+    if constexpr (T == kvpack::Dtype::f16) return vcvt_f32_f16(vreinterpret_f16_u16(h));
+    return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
+  }
+};
+
+#ifdef __ARM_FEATURE_DOTPROD
+struct NeonDotprod : Neon {
+  template <kvpack::Side>
+  static I dot(I acc, Code code, const int32_t* operand) {
+    return vdotq_s32(acc, code, vreinterpretq_s8_s32(vdupq_n_s32(*operand)));
+  }
+};
+#endif
+
+}  // namespace

@@ -1,0 +1,136 @@
+// Inputs of the tests: portable random numbers, aligned memory, elements of every dtype, the input of the golden bytes.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "kvpack/codec.h"
+
+namespace inputs {
+
+using namespace kvpack;
+
+constexpr uint64_t splitmix64(uint64_t state) {
+  uint64_t z = state;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+  return z ^ (z >> 31);
+}
+constexpr uint64_t kGamma = 0x9E3779B97F4A7C15ULL;
+
+// Sum of four 16-bit fields, less its middle: nearly Gaussian, an integer, deviation 37837.
+inline int32_t field_sum(uint64_t word) {
+  return static_cast<int32_t>((word & 0xffff) + (word >> 16 & 0xffff) + (word >> 32 & 0xffff) + (word >> 48)) - 131070;
+}
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x2545F4914F6CDD1DULL) {}
+  uint64_t next() { return splitmix64(state_ += kGamma); }
+  float normal() { return static_cast<float>(field_sum(next())) / 37837.0F; }
+  double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
+  int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
+
+ private:
+  uint64_t state_;
+};
+
+// Exactly `size` bytes on a 64-byte boundary, so that AddressSanitizer sees the first byte too many; filled with 0xff
+// (NaN in every dtype), so that bytes nobody wrote show in the results.
+class Bytes {
+ public:
+  explicit Bytes(size_t size) : size_(size), data_(static_cast<uint8_t*>(::operator new(size + (size == 0), std::align_val_t{64}))) {
+    std::memset(data_, 0xff, size);
+  }
+  Bytes(Bytes&& other) noexcept : size_(other.size_), data_(other.data_) { other.data_ = nullptr; }
+  Bytes(const Bytes&) = delete;
+  Bytes& operator=(const Bytes&) = delete;
+  ~Bytes() { ::operator delete(data_, std::align_val_t{64}); }
+  uint8_t* data() { return data_; }
+  const uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+  bool operator==(const Bytes& other) const { return size_ == other.size_ && std::memcmp(data_, other.data_, size_) == 0; }
+
+ private:
+  size_t size_;
+  uint8_t* data_;
+};
+
+// One side of one tile, standing alone.
+struct Tile {
+  SideLayout layout;
+  Bytes bytes;
+  Tile(int64_t codec, int32_t head_dim, Side side) : layout(layout_of(codec, head_dim, side)), bytes(layout.bytes()) {}
+  TileSide sections() {
+    return {bytes.data() + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<uint16_t*>(bytes.data())};
+  }
+  ConstTileSide sections() const {
+    return {bytes.data() + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(bytes.data())};
+  }
+};
+
+inline int64_t code_of(int32_t id, Rule rule = Rule::stored, Dtype dtype = Dtype::f32) {
+  return id | static_cast<int64_t>(rule) << 8 | static_cast<int64_t>(dtype) << 16;
+}
+
+// Every codec code of the registry: each rule of rotated codecs, each dtype of `exact`.
+inline std::vector<int64_t> codec_codes() {
+  std::vector<int64_t> all;
+  for (const CodecInfo& c : codecs())
+    for (int32_t option = 0; option < (c.rotated ? 4 : c.bits == 0 ? 3 : 1); ++option)
+      all.push_back(c.bits == 0 ? code_of(c.id, Rule::stored, static_cast<Dtype>(option)) : code_of(c.id, static_cast<Rule>(option)));
+  return all;
+}
+
+inline const CodecInfo& info_of(int64_t code) { return codecs()[static_cast<size_t>(code & 0xff)]; }
+
+// The dtype in which a codec takes its input here: the tile's own for `exact`, float32 else.
+inline Dtype input_dtype(int64_t code) { return info_of(code).bits == 0 ? CodecCode::unpack(code).dtype : Dtype::f32; }
+
+// float32 rows as elements of `dtype`.
+inline std::vector<uint8_t> elements(const std::vector<float>& x, Dtype dtype) {
+  std::vector<uint8_t> out(x.size() * static_cast<size_t>(dtype_bytes(dtype)));
+  store_row(x.data(), dtype, static_cast<int32_t>(x.size()), out.data());
+  return out;
+}
+
+// Encodes rows of float32, rounded to what the codec takes.
+inline Tile encode(const std::vector<float>& x, int64_t code, int32_t d, Side side, int32_t tokens = kTile) {
+  Tile tile(code, d, side);
+  const Dtype dtype = input_dtype(code);
+  const auto rows = elements(x, dtype);
+  encode_tile({rows.data(), dtype, static_cast<ptrdiff_t>(d) * dtype_bytes(dtype)}, tokens, code, d, side, tile.sections(), 0);
+  return tile;
+}
+
+constexpr int32_t kGoldenRows = 2, kGoldenTokens = 150;
+
+// `inputs(d)` of tests/golden/make.py: float32 [2][150][d].
+inline std::vector<float> golden(int32_t d) {
+  std::vector<float> x;
+  uint64_t state = static_cast<uint64_t>(d);
+  for (int32_t row = 0; row < kGoldenRows; ++row)
+    for (int32_t token = 0; token < kGoldenTokens; ++token)
+      for (int32_t i = 0; i < d; ++i) {
+        float v = std::ldexp(static_cast<float>(field_sum(splitmix64(state += kGamma))), 7 * token % 17 - 11 - 15);
+        if (row == 0) switch (token) {
+            case 3: v = 0.0F; break;
+            case 5: v = i == 20 ? -3.0F : 0.0F; break;
+            case 7: v = i % 2 != 0 ? -0.0F : 0.0F; break;
+            case 9: v = std::ldexp(v, -130); break;
+            case 11: v = std::ldexp(v, -90); break;
+            case 17: v = -1.0F; break;
+            case 19: v = i % 2 != 0 ? -1.0F : 1.0F; break;
+            case 21: v = std::ldexp(v, -(i % 40)); break;
+            case 23: v = std::ldexp(v, 8); break;
+            case 25: v = std::ldexp(v, -13); break;
+            default: break;
+          }
+        x.push_back(v);
+      }
+  return x;
+}
+
+}  // namespace inputs

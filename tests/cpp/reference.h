@@ -1,0 +1,112 @@
+// Decoding in double precision, from the words of the format alone: field positions, levels and signs are written here
+// a second time, and the rotation is a dense Hadamard matrix. Shares no code with csrc but the type names.
+#pragma once
+#include <Eigen/Core>
+#include <bit>
+#include <map>
+
+#include "inputs.h"
+
+namespace reference {
+
+using namespace kvpack;
+using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+// Where the bits of one code lie: up to three bits, least significant first, as bit numbers in the code section.
+struct Field {
+  int count;
+  size_t bit[8];
+};
+
+inline Field field_of(int bits, Side side, int head_dim, int token, int dim) {
+  const int lane = side == Side::key ? token : dim, depth = side == Side::key ? dim : token;
+  const int lanes = side == Side::key ? 64 : head_dim, depths = side == Side::key ? head_dim : 64;
+  const int dwords = bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8, planes = bits == 3 ? 3 : 1;
+  const int units = depths / (4 * dwords);
+  const int superblock = lane / 64, block = lane % 64 / 16, blocks = std::min(4, (lanes - 64 * superblock) / 16);
+  const int unit = depth / 4 / dwords, j = depth / 4 % dwords;
+  const auto byte = [&](int plane) {
+    const int line = (unit * blocks + block) * planes + plane;
+    return static_cast<size_t>(superblock) * static_cast<size_t>(4 * units * planes * 64) +
+           static_cast<size_t>(line * 64 + lane % 16 * 4 + depth % 4);
+  };
+  Field f{bits, {}};
+  for (int i = 0; i < bits; ++i) {
+    if (bits != 3) {
+      f.bit[i] = byte(0) * 8 + static_cast<size_t>(bits * j + i);
+    } else if (j < 6) {
+      f.bit[i] = byte(j / 2) * 8 + static_cast<size_t>(3 * (j % 2) + i);
+    } else {
+      const int of_six = 3 * (j - 6) + i;
+      f.bit[i] = byte(of_six / 2) * 8 + static_cast<size_t>(6 + of_six % 2);
+    }
+  }
+  return f;
+}
+
+inline int code_at(const uint8_t* codes, int bits, Side side, int head_dim, int token, int dim) {
+  const Field f = field_of(bits, side, head_dim, token, dim);
+  int code = 0;
+  for (int i = 0; i < f.count; ++i) code |= (codes[f.bit[i] / 8] >> (f.bit[i] % 8) & 1) << i;
+  return code;
+}
+
+inline double half(uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  const double magnitude = exponent == 31  ? (fraction != 0 ? std::nan("") : INFINITY)
+                           : exponent == 0 ? std::ldexp(fraction, -24)
+                                           : std::ldexp(1024 + fraction, exponent - 25);
+  return (h & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+inline double element(const uint8_t* at, Dtype dtype) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, at, static_cast<size_t>(dtype_bytes(dtype)));
+  if (dtype == Dtype::f16) return half(static_cast<uint16_t>(bits));
+  return std::bit_cast<float>(dtype == Dtype::bf16 ? bits << 16 : bits);
+}
+
+inline double level(int32_t id, int code) {
+  static const int tq2[] = {30, 100}, tq3[] = {10, 31, 55, 88}, tq4[] = {5, 15, 25, 36, 48, 62, 79, 104};
+  if (id == 1) return code - 128;
+  if (id == 2) return code - 8;
+  const int* positive = id == 3 ? tq2 : id == 4 ? tq3 : tq4;
+  const int middle = 1 << (id - 2);
+  return code >= middle ? positive[code - middle] : -positive[middle - 1 - code];
+}
+
+// The orthonormal randomized Hadamard rotation R = H diag(s) / sqrt(d).
+inline const Matrix& rotation(int d) {
+  static std::map<int, Matrix> all;
+  const auto [at, fresh] = all.try_emplace(d, d, d);
+  if (fresh) {
+    uint64_t state = 0x6b767061636b0000ULL + static_cast<uint64_t>(d), word = 0;
+    for (int column = 0; column < d; ++column) {
+      if (column % 64 == 0) word = inputs::splitmix64(state += inputs::kGamma);
+      const double sign = (word >> (column % 64) & 1) != 0 ? -1.0 : 1.0;
+      for (int row = 0; row < d; ++row)
+        at->second(row, column) = (std::popcount(static_cast<unsigned>(row & column)) % 2 != 0 ? -sign : sign) / std::sqrt(d);
+    }
+  }
+  return at->second;
+}
+
+// All 64 vectors of one side of a tile: [64][head_dim].
+inline Matrix decode(const ConstTileSide& tile, int64_t codec, int d, Side side) {
+  const CodecCode code = CodecCode::unpack(codec);
+  const CodecInfo& info = inputs::info_of(codec);
+  Matrix x(kTile, d);
+  for (int t = 0; t < kTile; ++t)
+    for (int i = 0; i < d; ++i) {
+      if (info.bits == 0) {
+        const int at = side == Side::key ? i * kTile + t : t * d + i;
+        x(t, i) = element(tile.codes + at * dtype_bytes(code.dtype), code.dtype);
+      } else {
+        const int block = info.rotated ? 0 : i / 32;
+        x(t, i) = half(tile.scales[block * kTile + t]) * level(code.id, code_at(tile.codes, info.bits, side, d, t, i));
+      }
+    }
+  return info.rotated ? Matrix(x * rotation(d)) : x;
+}
+
+}  // namespace reference
