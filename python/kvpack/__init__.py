@@ -14,7 +14,7 @@ from kvpack._version import __version__
 from kvpack.codec import Codec, Packed, build_info, codec, codecs
 
 if TYPE_CHECKING:
-    from kvpack import eval, ops  # noqa: A004
+    from kvpack import eval, ops
     from kvpack.hf import Cache, nbytes
 
 __all__ = [

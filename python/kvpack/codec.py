@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from kvpack import _core
-from kvpack.spec import DTYPES, TILE, CodecSpec, Dtype, Side, parse, registry, side_index
+from kvpack.spec import DTYPES, CodecSpec, Dtype, Side, parse, registry, side_index
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +134,7 @@ class Codec:
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) < 2 or shape[-1] != self.head_dim:
-            raise ValueError(f"encode: shape {tuple(shape)} is not [..., tokens, head_dim] with head_dim {self.head_dim}")
+            raise ValueError(f"encode: shape {tuple(shape)} is not [..., tokens, {self.head_dim}]")
 
     def _encode_tensor(self, x: torch.Tensor) -> Packed:
         import torch
@@ -152,12 +152,12 @@ class Codec:
             finite = torch.isfinite(x)
             replaced = int(x.numel() - int(finite.sum()))
             x = torch.where(finite, x, torch.zeros((), dtype=x.dtype, device=x.device)) if replaced else x
-        element = DTYPES[DTYPES.index(dtype)]  # type: ignore[arg-type]
+        element = DTYPES[DTYPES.index(dtype)]
         data = ops.encode(x, self.spec.code(element), side_index(self.side))
         return Packed(data, tuple(x.shape), element, self.spec, self.side, replaced)
 
 
-def _is_tensor(x: object) -> bool:
+def _is_tensor(x: object) -> TypeGuard[torch.Tensor]:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 

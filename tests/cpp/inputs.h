@@ -66,7 +66,7 @@ struct Tile {
   TileSide sections() {
     return {bytes.data() + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<uint16_t*>(bytes.data())};
   }
-  ConstTileSide sections() const {
+  ConstTileSide read() const {
     return {bytes.data() + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(bytes.data())};
   }
 };

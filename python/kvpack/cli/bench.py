@@ -18,14 +18,20 @@ def bench(
     codecs: Annotated[
         str, typer.Option("--codecs", "-c", help="CODEC or KEY/VALUE, separated by commas.")
     ] = "exact,q8_0,q4_0,tq4,tq4/tq3,tq3,tq2",
-    contexts: Annotated[str, typer.Option("--contexts", help="Packed tokens, separated by commas.")] = "1024,4096,16384",
+    contexts: Annotated[
+        str, typer.Option("--contexts", help="Packed tokens, separated by commas.")
+    ] = "1024,4096,16384",
     kv_heads: Annotated[int, typer.Option("--kv-heads", min=1)] = 2,
     group: Annotated[int, typer.Option("--group", min=1, help="Query heads per KV head.")] = 4,
     head_dim: Annotated[int, typer.Option("--head-dim", "-d", help="64, 128 or 256.")] = 128,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of torch's keys and values, and of the query.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of torch's keys and values, and of the query.")
+    ] = "bfloat16",
     precision: Annotated[str, typer.Option("--precision", help="default or high.")] = "default",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="torch's threads [default: as torch]")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="torch's threads [default: as torch]")
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1)] = 10,
     what: Annotated[str, typer.Option("--what", help="all, attend or encode.")] = "all",
     json: JsonOption = False,

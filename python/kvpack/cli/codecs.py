@@ -10,7 +10,9 @@ HEAD_SIZES = (64, 128)
 
 
 def codec_rows() -> list[dict[str, Any]]:
-    """name, bits per value of full tiles at each head size (codes, scales, all metadata), rotated, what, source."""
+    """name, bits per value of full tiles at each head size (codes, scales, all metadata), rotated, what,
+    source.
+    """
     import kvpack
     from kvpack import _core
 

@@ -1,7 +1,8 @@
 """What the commands share: options, errors and exit codes, progress, and how figures are written.
 
-Exit codes: 0 done; 1 failed; 2 a value that is not allowed; 3 a model or text that is not to be had; 4 refused,
-because nothing went through the codec; 130 interrupted. Results go to stdout, everything else to stderr.
+Exit codes: 0 done; 1 failed; 2 a value that is not allowed; 3 a model or text that is not to be had; 4
+refused, because nothing went through the codec; 130 interrupted. Results go to stdout, everything else to
+stderr.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from kvpack.eval.metrics import Interval, jsonable
 FAILED, BAD_VALUE, UNAVAILABLE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="'default', 'random', a local directory, a .gguf file, or a hub id.")
+    str,
+    typer.Option("--model", "-m", help="'default', 'random', a local directory, a .gguf file, or a hub id."),
 ]
 TextOption = Annotated[
-    str, typer.Option("--text", "-t", help="'topics' (Python's own documentation), 'wikitext-2', or a text file.")
+    str,
+    typer.Option("--text", "-t", help="'topics' (Python's own documentation), 'wikitext-2', or a text file."),
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="Dtype of the model: float32, bfloat16, float16, float64.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Dtype of the model: float32, bfloat16, float16, float64.")
+]
 ModeOption = Annotated[str, typer.Option("--mode", help="fake, chunked, stepwise or emulated.")]
 WindowOption = Annotated[int, typer.Option("--window", "-w", min=0, help="Newest tokens kept exact.")]
 SinksOption = Annotated[int, typer.Option("--sinks", min=0, help="First tokens kept exact.")]
@@ -38,7 +43,8 @@ PromptOption = Annotated[
     int, typer.Option("--prompt", min=0, help="Tokens of the first call, which sees its own tokens exactly.")
 ]
 SkipOption = Annotated[
-    int | None, typer.Option("--skip", min=0, help="Positions before this are not scored [default: length / 4].")
+    int | None,
+    typer.Option("--skip", min=0, help="Positions before this are not scored [default: length / 4]."),
 ]
 ChunkOption = Annotated[int | None, typer.Option("--chunk", min=1, help="Tokens per call, for mode chunked.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
@@ -135,7 +141,7 @@ def output() -> Console:
 
 
 def codec_list(text: str) -> list[str]:
-    """"tq4, tq4/tq3" -> ["tq4", "tq4/tq3"]. ValueError if it is empty."""
+    """Codecs separated by commas, as a list. ValueError if there is none."""
     found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
         raise ValueError("no codecs were named: like --codecs tq4,tq4/tq3 (kvpack codecs lists them)")
@@ -143,7 +149,7 @@ def codec_list(text: str) -> list[str]:
 
 
 def int_list(text: str, what: str) -> list[int]:
-    """"0,64,128" -> [0, 64, 128]. ValueError names the part that is no number."""
+    """Whole numbers separated by commas, as a list. ValueError names the part that is none."""
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         if not part.isdecimal():

@@ -35,7 +35,9 @@ def demo(
     dtype: Annotated[
         str, typer.Option("--dtype", help="For bytes, speed and text: auto, float32, bfloat16, float16.")
     ] = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that it runs, its figures say little.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: shows that it runs, its figures say little.")
+    ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -71,8 +73,9 @@ def _load(model: str, quick: bool, report: Reporter) -> LoadedModel:
         report.say("using RANDOM WEIGHTS instead: bytes and speed are real, text and quality mean nothing")
         if quick:
             return random_model()
-        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-        return random_model(layers=30, **sizes)
+        return random_model(
+            layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
+        )
 
 
 def _show(result: Showcase, console: Console) -> None:
@@ -81,9 +84,15 @@ def _show(result: Showcase, console: Console) -> None:
     q = result.quality[0]
     warning = "  [bold red]RANDOM WEIGHTS: text and quality mean nothing[/]" if result.random else ""
     console.print(f"\n[bold]Model[/]  {escape(result.model)}{warning}")
-    console.print(f"\n[bold]Text[/]   after {result.speed[0].context + 1} tokens of prompt: {escape(result.question)}\n")
+    console.print(
+        f"\n[bold]Text[/]   after {result.speed[0].context + 1} tokens of prompt: {escape(result.question)}\n"
+    )
     for item in result.written:
-        same = "" if item is result.written[0] else f"  [dim](first {item.same} of {item.tokens} tokens as exact)[/]"
+        same = (
+            ""
+            if item is result.written[0]
+            else f"  [dim](first {item.same} of {item.tokens} tokens as exact)[/]"
+        )
         console.print(f"[bold]{item.label}[/]{same}")
         shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in item.text)
         console.print(f"  {escape(shown)}\n")

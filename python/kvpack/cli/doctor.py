@@ -13,7 +13,17 @@ import typer
 
 from .common import DebugOption, JsonOption, output, print_json
 
-PACKAGES = ("numpy", "torch", "transformers", "safetensors", "accelerate", "gguf", "typer", "rich", "matplotlib")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "transformers",
+    "safetensors",
+    "accelerate",
+    "gguf",
+    "typer",
+    "rich",
+    "matplotlib",
+)
 
 
 def own_version() -> str:
@@ -30,7 +40,9 @@ def _version(package: str) -> str | None:
 
 
 def findings() -> dict[str, Any]:
-    """Versions, the compiled core, the operators, caches and texts; no model is loaded and nothing is fetched."""
+    """Versions, the compiled core, the operators, caches and texts; no model is loaded and nothing is
+    fetched.
+    """
     import kvpack
     from kvpack.eval.default_model import default_model_path, default_model_ready
     from kvpack.eval.texts import data_dirs
@@ -62,7 +74,8 @@ def findings() -> dict[str, Any]:
 
 
 def layers_of(config: Any) -> list[dict[str, Any]]:
-    """Per layer: its type, whether it is packed and why not, and its head sizes where the config tells them."""
+    """Per layer: its type, whether it is packed and why not, and its head sizes where the config tells them.
+    """
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     from kvpack.eval.cachespec import full_layers
@@ -77,7 +90,11 @@ def layers_of(config: Any) -> list[dict[str, Any]]:
         head_dim = getattr(own, "head_dim", None) or (own.hidden_size // heads if heads else None)
         why = "full attention"
         if index not in packed:
-            why = "MLA latents (kv_lora_rank)" if kind == "full_attention" else f"{kind}: only full attention is packed"
+            why = (
+                "MLA latents (kv_lora_rank)"
+                if kind == "full_attention"
+                else f"{kind}: only full attention is packed"
+            )
         elif head_dim is not None:
             trouble = _head_size_trouble(int(head_dim))
             if trouble:
@@ -107,7 +124,8 @@ def _head_size_trouble(head_dim: int) -> str | None:
 
 
 def model_findings(name: str) -> dict[str, Any]:
-    """What a model's cache would be made of; reads its config only (hub ids: the local cache, then the hub)."""
+    """What a model's cache would be made of; reads its config only (hub ids: the local cache, then the hub).
+    """
     from transformers import AutoConfig
 
     from kvpack.eval import ModelUnavailableError
@@ -120,7 +138,7 @@ def model_findings(name: str) -> dict[str, Any]:
         source = str(default_model_path())
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=Path(source).exists())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelUnavailableError(f"the config of {name!r} cannot be read: {first}") from error
     found: dict[str, Any] = {"name": name, "type": config.model_type, "layers": layers_of(config)}
@@ -171,16 +189,21 @@ def _show(found: dict[str, Any]) -> None:
     lines = {
         "kvpack": f"{found['kvpack']}, format version {build.get('format_version')}",
         "python": f"{found['python']}, {found['machine']}",
-        "packages": ", ".join(f"{name} {version or 'MISSING'}" for name, version in found["packages"].items()),
+        "packages": ", ".join(
+            f"{name} {version or 'MISSING'}" for name, version in found["packages"].items()
+        ),
         "build": ", ".join(f"{name} {value}" for name, value in build.items()),
         "ISA": f"{found['isa_active']} active; available: {', '.join(found['isa_available'])}"
         + (f"; KVPACK_ISA={found['isa_pinned']}" if found["isa_pinned"] else ""),
-        "operators": {True: "native", False: "NATIVE LIBRARY MISSING, the PyTorch defaults run: slow", None: "no torch"}[
-            native
-        ],
+        "operators": {
+            True: "native",
+            False: "NATIVE LIBRARY MISSING, the PyTorch defaults run: slow",
+            None: "no torch",
+        }[native],
         "codecs": ", ".join(found["codecs"]),
         "default model": f"{found['default_model']['path']} ({'ready' if found['default_model']['ready'] else 'not yet'})",
-        "texts": ("topics" if found["text"] else "pydoc_data MISSING") + "".join(f", {path}" for path in found["data"]),
+        "texts": ("topics" if found["text"] else "pydoc_data MISSING")
+        + "".join(f", {path}" for path in found["data"]),
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -197,7 +220,13 @@ def _show(found: dict[str, Any]) -> None:
         layers.add_column(name)
     for first, last, layer in _runs(info["layers"]):
         span = str(first) if first == last else f"{first}-{last}"
-        values = (layer["type"], layer["kv_heads"], layer["head_dim"], "yes" if layer["packed"] else "no", layer["why"])
+        values = (
+            layer["type"],
+            layer["kv_heads"],
+            layer["head_dim"],
+            "yes" if layer["packed"] else "no",
+            layer["why"],
+        )
         layers.add_row(span, *(str(value) for value in values))
     console.print(layers)
 

@@ -89,8 +89,13 @@ def sweep(
     picture = out / "pareto.png"
     drawn = draw_pareto(rows, bits, picture)
     if json:
-        said = [{**row.to_json(), "bits": b, "taken_over": known} for row, b, known in zip(rows, bits, taken, strict=True)]
-        print_json({"rows": said, "jsonl": str(out / "rows.jsonl"), "picture": str(picture) if drawn else None})
+        said = [
+            {**row.to_json(), "bits": b, "taken_over": known}
+            for row, b, known in zip(rows, bits, taken, strict=True)
+        ]
+        print_json(
+            {"rows": said, "jsonl": str(out / "rows.jsonl"), "picture": str(picture) if drawn else None}
+        )
         return
     console = output()
     console.print(sweep_table(rows, bits))
@@ -153,7 +158,9 @@ def draw_pareto(rows: list[Divergence], bits: list[float], path: Path) -> bool:
         axes.errorbar([bits[i] for i in at], mean, yerr=[below, above], marker="o", ms=4, capsize=3, lw=1,
                       label=f"window {window}")  # fmt: skip
     for i, row in enumerate(rows):
-        axes.annotate(row.label, (bits[i], row.kld.value), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axes.annotate(
+            row.label, (bits[i], row.kld.value), textcoords="offset points", xytext=(5, 4), fontsize=8
+        )
     front = pareto([(bits[i], row.kld.value) for i, row in enumerate(rows)])
     axes.plot([bits[i] for i in front], [rows[i].kld.value for i in front], "o", ms=10, mfc="none", mec="black",
               label="Pareto front")  # fmt: skip

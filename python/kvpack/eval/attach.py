@@ -149,6 +149,18 @@ def _registered(model: Any, emulator: Emulator, stock: str) -> Iterator[None]:
         model.set_attn_implementation(stock)
 
 
+def check_model(model: Any) -> str:
+    """The model's attention, "sdpa" or "eager"; EmulationError if it can be neither replaced nor intercepted.
+    """
+    stock = str(model.config._attn_implementation)
+    if stock == "sdpa" or (stock == "eager" and model._can_set_attn_implementation()):
+        return stock
+    raise EmulationError(
+        f"{type(model).__name__} with attention {stock!r} cannot be emulated; allowed: sdpa, eager "
+        "(model.set_attn_implementation), or mode chunked or stepwise"
+    )
+
+
 @contextmanager
 def emulating(model: Any, emulator: Emulator) -> Iterator[None]:
     """Within the block, attention of the emulator's layers goes through it.
@@ -156,18 +168,14 @@ def emulating(model: Any, emulator: Emulator) -> Iterator[None]:
     Raises EmulationError for attention that can be neither replaced nor intercepted, and if a forward pass
     was made and never came by.
     """
-    stock = str(model.config._attn_implementation)
-    can_set = bool(model._can_set_attn_implementation())
-    if can_set and stock in ("sdpa", "eager"):
+    stock = check_model(model)
+    if model._can_set_attn_implementation():
         with _registered(model, emulator, stock):
             yield
-    elif stock == "sdpa":
+    else:
         with _intercepted(model, emulator):
             yield
-    else:
-        raise EmulationError(
-            f"{type(model).__name__} with attention {stock!r} cannot be emulated; allowed: sdpa, eager "
-            "(model.set_attn_implementation), or mode chunked or stepwise"
-        )
     if emulator.calls == 0:
-        raise EmulationError(f"{type(model).__name__} ran without its attention coming by: it cannot be emulated")
+        raise EmulationError(
+            f"{type(model).__name__} ran without its attention coming by: it cannot be emulated"
+        )

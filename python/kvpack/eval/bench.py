@@ -1,8 +1,9 @@
 """Operator benchmarks: `attend` and `encode` against torch, in one process, interleaved.
 
-A decode step walks through the layers of a model, and a layer's cache is not in the processor's caches when its
-turn comes. So every contender owns `layers` copies of its data, enough to exceed them, and uses them in turn. A
-sample is one walk; samples of all contenders alternate, in rotating order, and ratios are formed within a round.
+A decode step walks through the layers of a model, and a layer's cache is not in the processor's caches when
+its turn comes. So every contender owns `layers` copies of its data, enough to exceed them, and uses them in
+turn. A sample is one walk; samples of all contenders alternate, in rotating order, and ratios are formed
+within a round.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ COLD_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class BenchShape:
-    """context: packed tokens, rounded up to whole pages; dtype: of torch's keys and values, and of the query."""
+    """context: packed tokens, rounded up to whole pages; dtype: of torch's keys and values, and of the query.
+    """
 
     context: int = 4096
     kv_heads: int = 8
@@ -107,11 +109,16 @@ def codec_codes(codec: str, dtype: str) -> tuple[int, int]:
     """The operators' codec codes of "tq4" or "tq4/tq3"."""
     from kvpack import spec
 
+    known: dict[str, spec.Dtype] = {name: name for name in spec.DTYPES}
+    if dtype not in known:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(known)}")
     key, _, value = codec.partition("/")
-    return int(spec.parse(key).code(dtype)), int(spec.parse(value or key).code(dtype))
+    return spec.parse(key).code(known[dtype]), spec.parse(value or key).code(known[dtype])
 
 
-def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, precision: int) -> _Contender:
+def _packed(
+    codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, precision: int
+) -> _Contender:
     from kvpack import ops
 
     key, value = codec_codes(codec, shape.dtype)
@@ -207,7 +214,9 @@ def bench_attend(
     precision: int = 0,
     progress: Progress = no_progress,
 ) -> list[BenchRow]:
-    """One decode step of one layer: torch's attention first, then `attend` over each codec ("tq4", "tq4/tq3")."""
+    """One decode step of one layer: torch's attention first, then `attend` over each codec ("tq4",
+    "tq4/tq3").
+    """
     keys, values = _random(shape, 0)
     query = torch.randn(shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim).to(keys.dtype)
     contenders = [_stock(shape, query, keys, values)]
@@ -222,7 +231,8 @@ def bench_attend(
 def bench_encode(
     codecs: Sequence[str], shape: BenchShape, *, rounds: int = 10, progress: Progress = no_progress
 ) -> list[BenchRow]:
-    """Encoding one layer's keys and values into pages, against torch copying them, the least a cache must do."""
+    """Encoding one layer's keys and values into pages, against torch copying them, the least a cache must do.
+    """
     from kvpack import ops
 
     sources = [_random(shape, seed) for seed in range(min(4, shape.layers))]
@@ -239,8 +249,13 @@ def bench_encode(
         own = [[aligned_page(ops.page_bytes(layout)) for _ in range(pages)] for _ in range(shape.batch)]
         table = torch.tensor([[page.data_ptr() for page in row] for row in own], dtype=torch.int64)
 
-        def encode_call(i: int, table: Tensor = table, own: Any = own, layout: Any = layout) -> Callable[[], Any]:
-            return lambda: (own, ops.encode_pages(table, *sources[i], 0, layout))
+        def encode_call(
+            i: int, table: Tensor = table, own: Any = own, layout: Any = layout
+        ) -> Callable[[], Any]:
+            def call(own: Any = own) -> None:  # `own` keeps the pages alive
+                ops.encode_pages(table, *sources[i], 0, layout)
+
+            return call
 
         contenders.append(_Contender(codec, [encode_call(i) for i in range(len(sources))], shape.dense_bytes))
     times = _rounds(contenders, rounds, lambda n: progress(f"encode {shape.tokens} tokens", n, rounds))

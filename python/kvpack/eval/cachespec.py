@@ -40,7 +40,7 @@ class CacheSpec:
 
     @property
     def label(self) -> str:
-        """"tq4", or "tq4/tq3" (key/value) where the sides differ."""
+        """Codec, or key/value codecs where they differ: "tq4", "tq4/tq3"."""
         return self.key if self.value_codec == self.key else f"{self.key}/{self.value_codec}"
 
     @classmethod
@@ -77,7 +77,9 @@ class CacheSpec:
                     f"({', '.join(sorted(missing))} missing), or pass a dict or a CacheSpec"
                 )
             return cls(factory=cache, **{name: named[name] for name in known if name in named})
-        raise ValueError(f"cache={cache!r} is not a dict of Cache options, a CacheSpec, a codec name or a function")
+        raise ValueError(
+            f"cache={cache!r} is not a dict of Cache options, a CacheSpec, a codec name or a function"
+        )
 
     def build(self, config: Any) -> Any:
         """A fresh `kvpack.Cache` (or what the factory makes) for a model with this config."""
@@ -163,5 +165,7 @@ def fill(spec: CacheSpec, dense: Any, config: Any) -> Any:
 
 
 def tokens_read(cache: Any) -> int:
-    """Packed tokens that attention has read, summed over calls, in the layer that read most (`cache.stats()`)."""
+    """Packed tokens that attention has read, summed over calls, in the layer that read most
+    (`cache.stats()`).
+    """
     return max((int(layer.packed_tokens_read) for layer in cache.stats()), default=0)

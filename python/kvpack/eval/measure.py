@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
+from .attach import check_model
 from .cachespec import CacheSpec
 from .emulation import packed_tokens
 from .errors import NothingPackedError
@@ -57,10 +58,10 @@ def task(
 ) -> Task:
     """Checks and gathers what to score.
 
-    model: a causal language model of transformers, or a LoadedModel. ids: int64 [length], [windows, length], a
-    sequence of [length], or Windows (which also say which document each is from).
-    prompt: tokens of the first call. skip: positions before it are not scored, at least `prompt`; default: a
-    quarter of the shortest window, where little is packed yet.
+    model: a causal language model of transformers, or a LoadedModel. ids: int64 [length], [windows, length],
+    a sequence of [length], or Windows (which also say which document each is from). prompt: tokens of the
+    first call. skip: positions before it are not scored, at least `prompt`; default: a quarter of the
+    shortest window, where little is packed yet.
     """
     name = getattr(model, "name", "")
     if isinstance(model, LoadedModel):
@@ -83,7 +84,11 @@ def task(
 
 
 def check_packed(work: Task, spec: CacheSpec, mode: str, chunk: int) -> None:
-    """Raises before any work where the window rule alone says that nothing will be packed."""
+    """Raises before any work where the model cannot be emulated, or the window rule alone says that nothing
+    will be packed.
+    """
+    if mode in ("fake", "emulated"):
+        check_model(work.model)
     if mode == "fake":
         return
     last = max(Feed(work.prompt, chunk, work.first).calls(work.context - 1))[0]
@@ -105,7 +110,9 @@ def _check_read(coded: int, spec: CacheSpec, mode: str) -> None:
 
 @torch.no_grad()
 def _score(logits: Tensor, exact: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
-    """nll, nll of the exact model, kld and top-1 agreement, each [n]; `exact` log-probabilities [n, vocabulary]."""
+    """nll, nll of the exact model, kld and top-1 agreement, each [n]; `exact` log-probabilities [n,
+    vocabulary].
+    """
     q = log_probs(logits)
     at = targets.to(q.device)[:, None]
     nll = -q.gather(1, at)[:, 0]
@@ -224,8 +231,8 @@ def perplexity(
     model, ids, prompt, skip: see `task`. cache: a dict of kvpack.Cache arguments, a CacheSpec, "tq4/tq3", a
     function from config to cache, or None for the exact stock cache. mode, chunk: see `kvpack.eval.modes`.
 
-    Raises NothingPackedError if no query attended to a token that went through the codec, EmulationError if the
-    model's attention cannot be emulated, ValueError for what is not allowed.
+    Raises NothingPackedError if no query attended to a token that went through the codec, EmulationError if
+    the model's attention cannot be emulated, ValueError for what is not allowed.
     """
     started = time.perf_counter()
     chunk = check_mode(mode, chunk)
@@ -256,8 +263,8 @@ def divergence(
 ) -> Divergence:
     """Divergence of a model under a cache from the same model with the exact stock cache, on the same tokens.
 
-    Arguments and errors as `perplexity`. reference: from `task(...).reference()` with the same model, ids, prompt
-    and skip, so that several caches share the exact model's work.
+    Arguments and errors as `perplexity`. reference: from `task(...).reference()` with the same model, ids,
+    prompt and skip, so that several caches share the exact model's work.
     """
     started = time.perf_counter()
     chunk = check_mode(mode, chunk)

@@ -7,8 +7,8 @@ Per scored token, p being the exact model's distribution and q the one under the
     ratio   exp(mean(nll_q - nll_p))         paired by token, so that the text's own spread cancels
 
 Intervals are 95 % by default and *clustered*: tokens of one document are not independent. With at least
-MIN_CLUSTERS documents these are the clusters, otherwise runs of BLOCK consecutive scored tokens are, which allows
-for the short-range dependence only: the result says which.
+MIN_CLUSTERS documents these are the clusters, otherwise runs of BLOCK consecutive scored tokens are, which
+allows for the short-range dependence only: the result says which.
 
 * means: cluster-robust standard error of a ratio of sums, Student t with clusters - 1 degrees of freedom.
 * top-1: Wilson interval with the number of tokens divided by the design effect (it stays right at 100 %).
@@ -53,7 +53,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per scored token, all [tokens]: negative log-likelihoods (nats), KLD, agreement, window and its document.
+    """Per scored token, all [tokens]: negative log-likelihoods (nats), KLD, agreement, window and its
+    document.
 
     `nll_exact`, `kld` and `same` are empty where nothing was compared.
     """
@@ -93,7 +94,8 @@ def clusters(document: I64, window: I64) -> Clusters:
 
 
 def student_t(confidence: float, freedom: int) -> float:
-    """Two-sided quantile of Student's t: exact for 1 and 2 degrees of freedom, else within 0.5 % (Hill 1970)."""
+    """Two-sided quantile of Student's t: exact for 1 and 2 degrees of freedom, else within 0.5 % (Hill 1970).
+    """
     p = (1 + confidence) / 2
     if freedom == 1:
         return math.tan(math.pi * (p - 0.5))
@@ -133,7 +135,9 @@ def share_interval(same: NDArray[np.bool_], groups: Clusters, confidence: float 
     n_effective = n / effect
     z = student_t(confidence, groups.count - 1)
     middle = (p + z * z / (2 * n_effective)) / (1 + z * z / n_effective)
-    reach = z / (1 + z * z / n_effective) * math.sqrt(p * (1 - p) / n_effective + (z / (2 * n_effective)) ** 2)
+    reach = (
+        z / (1 + z * z / n_effective) * math.sqrt(p * (1 - p) / n_effective + (z / (2 * n_effective)) ** 2)
+    )
     return Interval(p, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
@@ -175,7 +179,9 @@ def _exp(x: float) -> float:
 
 
 def jsonable(x: Any) -> Any:
-    """Dataclasses to dicts, NaN and infinities to null, through lists and dicts: what json.dumps takes strictly."""
+    """Dataclasses to dicts, NaN and infinities to null, through lists and dicts: what json.dumps takes
+    strictly.
+    """
     if hasattr(x, "__dataclass_fields__") and not isinstance(x, type):
         return jsonable(asdict(x))
     if isinstance(x, dict):

@@ -89,7 +89,9 @@ class LoadedModel:
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {self.dtype}" + (" (RANDOM WEIGHTS: figures mean nothing)" if self.random else "")
+        return f"{self.name}, {self.dtype}" + (
+            " (RANDOM WEIGHTS: figures mean nothing)" if self.random else ""
+        )
 
 
 def cache_dir() -> Path:
@@ -195,14 +197,16 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", *, say: Say = quiet)
         with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=want, local_files_only=local, **extra)
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, **extra)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelUnavailableError(f"model {label!r} cannot be loaded: {first}") from error
     return LoadedModel(model.eval(), HubTokenizer(tokenizer), label, False, dtype)
 
 
 class no_progress_bars:
-    """Silences transformers' own bars and load reports for a while: ours is the only progress on the terminal."""
+    """Silences transformers' own bars and load reports for a while: ours is the only progress on the
+    terminal.
+    """
 
     def __enter__(self) -> None:
         from transformers.utils import logging

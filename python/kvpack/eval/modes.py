@@ -40,7 +40,8 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Feed:
-    """How a document's tokens are fed: a first call of `prompt`, then calls of `chunk`; scored from `first` on.
+    """How a document's tokens are fed: a first call of `prompt`, then calls of `chunk`; scored from `first`
+    on.
 
     A scored position p is a query position: its logits predict token p + 1.
     """
@@ -71,10 +72,11 @@ def check_mode(mode: str, chunk: int | None) -> int:
 
 
 class Run:
-    """One document under one cache. Iterating yields logits [n, vocabulary] of the scored positions, in order.
+    """One document under one cache. Iterating yields logits [n, vocabulary] of the scored positions, in
+    order.
 
-    After the last block `coded_queries` says how many queries attended to coded tokens, in the layer where most
-    did, and `cache_bytes` what the cache then held.
+    After the last block `coded_queries` says how many queries attended to coded tokens, in the layer where
+    most did, and `cache_bytes` what the cache then held.
     """
 
     def __init__(
@@ -186,7 +188,9 @@ class Reference:
     Also keeps the stock cache after the first call of `prompt` tokens: the one-pass modes go on from there.
     """
 
-    def __init__(self, model: Any, ids: tuple[Tensor, ...], prompt: int, first: int, budget: int = 2 << 30) -> None:
+    def __init__(
+        self, model: Any, ids: tuple[Tensor, ...], prompt: int, first: int, budget: int = 2 << 30
+    ) -> None:
         self.model, self.ids = model, ids
         self.feed = Feed(prompt, BLOCK, first)
         self._left = budget

@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """"exact", "tq4" or "tq4/tq3"."""
+        """Codec, or key/value codecs where they differ; "exact" for the stock cache."""
         if not self.key:
             return "exact"
         return self.key if self.key == self.value else f"{self.key}/{self.value}"

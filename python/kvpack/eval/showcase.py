@@ -1,8 +1,9 @@
 """What `kvpack demo` measures: one model, the stock cache and a few codecs, in minutes on two cores.
 
-Quality is measured in float32 on short windows (mode `emulated`, one `stepwise` anchor through the fused kernel);
-bytes, speed and text come from a long prompt in the dtype the machine is good at. The stock cache is prefilled
-once; every packed cache is filled from its dense keys and values, which is what the model would have handed it.
+Quality is measured in float32 on short windows (mode `emulated`, one `stepwise` anchor through the fused
+kernel); bytes, speed and text come from a long prompt in the dtype the machine is good at. The stock cache is
+prefilled once; every packed cache is filled from its dense keys and values, which is what the model would
+have handed it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ PLAIN_QUESTION = "Summarise the text above in one paragraph."
 
 @dataclass(frozen=True)
 class Sizes:
-    """prompt: tokens of the long prompt. Quality: `count` windows of `length` tokens, `first` of them in the first
-    call; the anchor scores `anchor` tokens. Speed: rounds x tokens. text: tokens to generate."""
+    """prompt: tokens of the long prompt. Quality: `count` windows of `length` tokens, `first` of them in the
+    first call; the anchor scores `anchor` tokens. Speed: rounds x tokens. text: tokens to generate.
+    """
 
     prompt: int = 4096
     count: int = 6
@@ -60,7 +62,8 @@ QUICK = Sizes(prompt=600, count=2, length=400, first=200, anchor=40, rounds=2, t
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote under one cache, and how many tokens agree with the stock cache's from the start."""
+    """What the model wrote under one cache, and how many tokens agree with the stock cache's from the start.
+    """
 
     label: str
     text: str
@@ -70,7 +73,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Showcase:
-    """Everything the demo shows. `anchor` and `anchored` are the same tokens in modes stepwise and emulated."""
+    """Everything the demo shows. `anchor` and `anchored` are the same tokens in modes stepwise and emulated.
+    """
 
     model: str
     random: bool
@@ -89,7 +93,8 @@ class Showcase:
 
 
 def prefers_bfloat16() -> bool:
-    """Whether this machine multiplies matrices in bfloat16 about as fast as in float32, or faster: tried out."""
+    """Whether this machine multiplies matrices in bfloat16 about as fast as in float32, or faster: tried out.
+    """
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -103,7 +108,9 @@ def prefers_bfloat16() -> bool:
 
 
 def long_prompt(text: Text, tokenizer: Tokenizer, length: int) -> tuple[Tensor, str]:
-    """A chat prompt of `length` tokens: an excerpt of the text, then a question. Also returns the question."""
+    """A chat prompt of at most `length` tokens, and hardly fewer: an excerpt of the text, then a question.
+    Also returns the question.
+    """
     found = [i for i, document in enumerate(text.documents) if document.startswith("Compound statements")]
     question = QUESTION if found else PLAIN_QUESTION
     start = found[0] if found else 0
@@ -133,7 +140,13 @@ def _quality(
     reference = work.reference()
     results = [
         divergence(
-            loaded, windows, spec, prompt=sizes.first, skip=sizes.first, reference=reference, progress=progress
+            loaded,
+            windows,
+            spec,
+            prompt=sizes.first,
+            skip=sizes.first,
+            reference=reference,
+            progress=progress,
         )
         for spec in specs
     ]
@@ -166,7 +179,10 @@ def _written(
         cache = copy.deepcopy(context) if spec is None else fill(spec, context, model.config)
         made = continue_text(model, ids, cache, tokens, loaded.tokenizer.eos)
         exact = made if spec is None else exact
-        same = next((i for i, (a, b) in enumerate(zip(made, exact, strict=False)) if a != b), min(len(made), len(exact)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(made, exact, strict=False)) if a != b),
+            min(len(made), len(exact)),
+        )
         label = STOCK if spec is None else spec.label
         out.append(Written(label, loaded.tokenizer.decode(made).strip(), len(made), same))
         progress("generate", number + 1, len(specs) + 1)
@@ -183,8 +199,9 @@ def showcase(
     say: Callable[[str], None] = quiet,
     progress: Progress = no_progress,
 ) -> Showcase:
-    """Runs the whole demo. loaded: a float32 model; its parameters are cast to `dtype` on the way ("auto": see
-    `prefers_bfloat16`)."""
+    """Runs the whole demo. loaded: a float32 model; its parameters are cast to `dtype` on the way ("auto":
+    see `prefers_bfloat16`).
+    """
     sizes = sizes.within(int(getattr(loaded.model.config, "max_position_embeddings", 1 << 30)))
     specs = [CacheSpec.parse(codec, window=sizes.window, sinks=sizes.sinks) for codec in codecs]
     seconds: dict[str, float] = {}

@@ -2,7 +2,8 @@
 
 The stock cache is prefilled once; every other cache is filled from its dense keys and values. Then, round by
 round, every cache decodes a few tokens, in rotating order, so that a slow moment of the machine hits all of
-them. The ratio is formed within a round: it is what can be trusted; the rates themselves drift with the machine.
+them. The ratio is formed within a round: it is what can be trusted; the rates themselves drift with the
+machine.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ def decode_speed(
 
 @torch.no_grad()
 def continue_text(model: Any, ids: Tensor, cache: Any, tokens: int, eos: int | None = None) -> list[int]:
-    """Greedy continuation through the model's own `generate`; `cache` holds all of `ids` [length] but the last."""
+    """Greedy continuation through the model's own `generate`; `cache` holds all of `ids` [length] but the
+    last.
+    """
     device = next(model.parameters()).device
     out = model.generate(
         input_ids=ids[None].to(device),

@@ -1,4 +1,6 @@
-"""`sweep`: many codecs and windows on one text; finished rows are kept in a JSONL file and skipped on a rerun."""
+"""`sweep`: many codecs and windows on one text; finished rows are kept in a JSONL file and skipped on a
+rerun.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ def row_key(work: Task, spec: CacheSpec, mode: str, chunk: int) -> str:
     import kvpack
 
     digest = hashlib.sha256(f"{kvpack.__version__} {kvpack.spec.FORMAT_VERSION}".encode())
-    said = [work.name, str(next(work.model.parameters()).dtype), mode, chunk, work.prompt, work.first, work.documents]
+    said = [
+        work.name,
+        str(next(work.model.parameters()).dtype),
+        mode,
+        chunk,
+        work.prompt,
+        work.first,
+        work.documents,
+    ]
     digest.update(json.dumps([said, spec.to_json()], default=str).encode())
     for ids in work.ids:
         digest.update(ids.numpy().tobytes() + b"|")
@@ -54,7 +64,9 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 def grid(codecs: Iterable[str], windows: Iterable[int], sinks: int = 4, **options: Any) -> list[CacheSpec]:
     """Every codec ("tq4" or "tq4/tq3") with every window, in this order."""
     sizes = list(windows)
-    return [CacheSpec.parse(codec, window=window, sinks=sinks, **options) for codec in codecs for window in sizes]
+    return [
+        CacheSpec.parse(codec, window=window, sinks=sinks, **options) for codec in codecs for window in sizes
+    ]
 
 
 def sweep(
@@ -73,8 +85,9 @@ def sweep(
 ) -> list[Divergence]:
     """`divergence` of every cache (see CacheSpec.of) on the same windows; the exact model is computed once.
 
-    path: a JSONL file; rows found there under the same `row_key` are taken over, new ones are appended as they
-    finish. on_row(result, taken over) is called for every row. Arguments and errors otherwise as `divergence`.
+    path: a JSONL file; rows found there under the same `row_key` are taken over, new ones are appended as
+    they finish. on_row(result, taken over) is called for every row. Arguments and errors otherwise as
+    `divergence`.
     """
     chunk = check_mode(mode, chunk)
     work = task(model, ids, prompt=prompt, skip=skip)

@@ -53,15 +53,18 @@ def _topics() -> Text:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise TextUnavailableError(f"this Python ships no pydoc_data.topics ({error}): name a text file") from error
+        raise TextUnavailableError(
+            f"this Python ships no pydoc_data.topics ({error}): name a text file"
+        ) from error
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     documents = tuple(topics[key].strip("\n") + "\n\n\n" for key in sorted(topics))
     return Text(f"pydoc_data.topics of Python {version}", documents)
 
 
 def data_dirs() -> list[Path]:
-    """Where corpora are looked for: $KVPACK_DATA, then ../shared/data of every checkout around this file or the
-    working directory."""
+    """Where corpora are looked for: $KVPACK_DATA, then ../shared/data of every checkout around this file or
+    the working directory.
+    """
     found = [Path(os.environ["KVPACK_DATA"]).expanduser()] if os.environ.get("KVPACK_DATA") else []
     for start in (Path.cwd(), Path(__file__).resolve().parent):
         for root in (start, *start.parents):
@@ -122,8 +125,8 @@ def cut_windows(text: Text, tokenizer: Tokenizer, length: int, count: int | None
     body = length - (tokenizer.bos is not None)
     stream: list[int] = []
     ends: list[int] = []
-    for document in text.documents:
-        stream += tokenizer.encode(document)
+    for content in text.documents:
+        stream += tokenizer.encode(content)
         ends.append(len(stream))
     available = len(stream) // body
     if available < (count or 1):

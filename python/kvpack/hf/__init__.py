@@ -1,13 +1,14 @@
 """HuggingFace transformers: a cache whose full-attention layers are packed and read in packed form.
 
-    cache.py     Cache: which layers are packed; nbytes, memory, stats
-    layer.py     PackedLayer: sinks, tiles and window of one layer, and when tokens move
-    call.py      Call: what one update attends to
-    handle.py    Handle: stands for that in place of a tensor, and turns attention into the fused one
-    padding.py   left padding, and the order of tokens it leads to
-    pages.py     Page, PageTable: packed storage, shared copy-on-write
-    page_ops.py  packing as one step of a compiled graph
-    memory.py    what caches weigh
+* cache.py: Cache, which layers are packed; nbytes, memory, stats
+* layer.py: PackedLayer, the stock interface of one layer, and what it learns of padding
+* store.py: Store, where its tokens lie: sinks, tiles, window
+* call.py: Call, what one update attends to
+* handle.py: Handle, stands for that in place of a tensor, and turns attention into the fused one
+* padding.py: left padding, and the order of tokens it leads to
+* pages.py: Page and PageTable, packed storage, shared copy-on-write
+* page_ops.py: packing as one step of a compiled graph
+* memory.py: what caches weigh
 """
 
 from .cache import Cache

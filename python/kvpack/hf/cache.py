@@ -14,7 +14,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 from kvpack import ops, spec
 from kvpack.spec import CodecSpec
 
-from . import memory, padding
+from . import checks, memory, padding
 from .layer import PackedLayer
 from .stats import LayerStats
 
@@ -27,8 +27,8 @@ _OTHER_HEAD_SIZES = ("global_head_dim", "attention_head_dim", "qk_nope_head_dim"
 class Cache(StockCache):  # type: ignore[misc]
     """A KV cache that stays packed and is read packed.
 
-    Pass it as `past_key_values` to a model's `generate` or forward. Layers of full attention are packed; others
-    (sliding window, linear, MLA, ...) keep the stock class, and a warning names them.
+    Pass it as `past_key_values` to a model's `generate` or forward. Layers of full attention are packed;
+    others (sliding window, linear, MLA, ...) keep the stock class, and a warning names them.
 
     Args:
         config: the model's config.
@@ -37,15 +37,15 @@ class Cache(StockCache):  # type: ignore[misc]
         sinks: first real tokens of each row kept exact.
         fused: let `scaled_dot_product_attention` read packed bits. False gives attention dense tensors,
             decoded on every call: an oracle, slow.
-        attention_mask: tokenizer mask [B, L] of the prompt (0 is padding). Needed for left-padded prompts only
+        attention_mask: tokenizer mask [B, L] of the prompt (0 is padding). Left-padded prompts need it only
             where attention is not `sdpa`, whose masks the cache reads itself.
         precision: of the fused path: "default" (int8 scores) or "high".
         encoder_decoder: this is the self-attention half of an `EncoderDecoderCache`; see
             `for_encoder_decoder`, which makes both halves.
 
     Raises:
-        ValueError: for an unknown codec or option, negative window or sinks, a head size that the codecs cannot
-            pack, a model with nothing to pack, and an encoder-decoder without `encoder_decoder=True`.
+        ValueError: for an unknown codec or option, negative window or sinks, a head size that the codecs
+            cannot pack, a model with nothing to pack, and an encoder-decoder without `encoder_decoder=True`.
     """
 
     def __init__(
@@ -62,11 +62,13 @@ class Cache(StockCache):  # type: ignore[misc]
         encoder_decoder: bool = False,
     ) -> None:
         if not hasattr(config, "get_text_config"):
-            raise TypeError(f"config is a {type(config).__name__}; allowed: a transformers config, as model.config")
+            raise TypeError(
+                f"config is a {type(config).__name__}; allowed: a transformers config, as model.config"
+            )
         if getattr(config, "is_encoder_decoder", False) and not encoder_decoder:
             raise ValueError(
-                f"{_model(config)} is an encoder-decoder: it would store cross-attention in a bare cache, and be "
-                "silently wrong. Use kvpack.Cache.for_encoder_decoder(config, ...), which is "
+                f"{_model(config)} is an encoder-decoder: it would store cross-attention in a bare cache, "
+                "and be silently wrong. Use kvpack.Cache.for_encoder_decoder(config, ...), which is "
                 "EncoderDecoderCache(kvpack.Cache(config, ..., encoder_decoder=True), DynamicCache())"
             )
         for name, number in (("window", window), ("sinks", sinks)):
@@ -115,8 +117,8 @@ class Cache(StockCache):  # type: ignore[misc]
     def for_encoder_decoder(cls, config: Any, *args: Any, **options: Any) -> EncoderDecoderCache:
         """The cache of an encoder-decoder: packed self-attention, stock cross-attention.
 
-        Arguments as of `Cache`. `crop` and the `batch_*` methods of `EncoderDecoderCache` insist on stock caches
-        and refuse; those of its two halves work.
+        Arguments as of `Cache`. `crop` and the `batch_*` methods of `EncoderDecoderCache` insist on stock
+        caches and refuse; those of its two halves work.
         """
         return EncoderDecoderCache(cls(config, *args, encoder_decoder=True, **options), DynamicCache())
 
@@ -124,8 +126,8 @@ class Cache(StockCache):  # type: ignore[misc]
         packed = self.packed_layers
         key, value = packed[0].specs
         return (
-            f"kvpack.Cache({self._model_name}, {key}/{value}, {len(packed)} of {len(self.layers)} layers packed, "
-            f"{self.get_seq_length()} tokens, {self.nbytes} bytes)"
+            f"kvpack.Cache({self._model_name}, {key}/{value}, {len(packed)} of {len(self.layers)} layers "
+            f"packed, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
         )
 
     @property
@@ -144,29 +146,13 @@ class Cache(StockCache):  # type: ignore[misc]
 
     def stats(self) -> list[LayerStats]:
         """What happened in each packed layer since the cache was made or reset."""
-        out = []
-        for layer in self.packed_layers:
-            counters = layer.counters
-            out.append(
-                LayerStats(
-                    layer=layer.index,
-                    key=str(layer.specs[0]),
-                    value=str(layer.specs[1]),
-                    tokens_packed=layer.table.tokens,
-                    packed_tokens_read=counters.packed_tokens_read,
-                    fused_calls=counters.fused_calls,
-                    fallback_calls=dict(counters.fallback_calls),
-                    nonfinite_replaced=counters.nonfinite_replaced,
-                    late_padding=counters.late_padding,
-                )
-            )
-        return out
+        return [layer.stats() for layer in self.packed_layers]
 
     def set_padding(self, mask: Tensor) -> None:
         """Tell which leading positions of each row are padding, before the prompt is run.
 
-        mask: [B, L], 0 is padding, as tokenizers return it; only leading zeros count. With `sdpa` attention the
-        cache reads it from the model's masks; with others it has to be told. `reset()` forgets it.
+        mask: [B, L], 0 is padding, as tokenizers return it; only leading zeros count. With `sdpa` attention
+        the cache reads it from the model's masks; with others it has to be told. `reset()` forgets it.
         """
         if mask.dim() != 2 or mask.shape[0] == 0:
             raise ValueError(f"the padding mask has shape {list(mask.shape)}; allowed: [rows, positions]")
@@ -177,9 +163,7 @@ class Cache(StockCache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens from every layer; a positive number is an error."""
         if tokens_to_remove > 0:  # before any layer is touched
-            raise ValueError(
-                f"crop({tokens_to_remove}): allowed is a negative number, how many tokens to remove from the end"
-            )
+            raise ValueError(checks.CROP.format(tokens_to_remove))
         super().crop(tokens_to_remove)
 
 

@@ -22,8 +22,8 @@ class Call:
     """A snapshot that both handles of an `update` share.
 
     It stays true while the layer appends: packed slots are written once, and the window buffer only beyond
-    the tokens seen here. Crop, reorder, select, repeat and reset change what is stored; they raise the layer's
-    epoch, and an older snapshot then refuses to answer.
+    the tokens seen here. Crop, reorder, select, repeat and reset change what is stored; they raise the
+    layer's epoch, and an older snapshot then refuses to answer.
 
     exact: keys and values [B, Hkv, E, d] of the window (before the call) and of the call's own tokens. With
     `whole`, they are all there is: the very tensors that the stock cache would return.
@@ -44,31 +44,32 @@ class Call:
     )
 
     def __init__(
-        self, layer: PackedLayer, exact: tuple[Tensor, Tensor], whole: bool, length: int, sink_count: int
+        self, layer: PackedLayer, exact: tuple[Tensor, Tensor], tiles: int | None = None, packed: int = 0
     ) -> None:
+        """tiles, packed: tiles of the table to read and their tokens; None: there is nothing but `exact`."""
         self.layer = layer
         self.epoch = layer.epoch
         self.exact = exact
-        self.whole = whole
+        self.whole = tiles is None
+        self.tiles = 0 if tiles is None else tiles
+        self.packed = packed
         self.told = False  # whether a fallback was counted
         self.rows = layer.rows
-        self.length = length
-        self.tiles, self.packed = layer.table.tiles, layer.table.tokens
-        self.fresh = 0  # tiles packed since, in the same call; counted in graphs only
+        self.length = layer.length
+        self.fresh = layer.fresh  # tiles packed by this call, after the `tiles`; for graphs
         self.sinks: tuple[Tensor, Tensor] | None = None
-        if sink_count:
-            assert layer.sinks is not None
+        if layer.sinks is not None and not self.whole:
             keys, values = layer.sinks
-            if sink_count < layer.sinks_wanted:
-                keys, values = keys[:, :, :sink_count], values[:, :, :sink_count]
+            if layer.sink_count < layer.sinks_wanted:
+                keys, values = keys[:, :, : layer.sink_count], values[:, :, : layer.sink_count]
             self.sinks = (keys, values)
 
     def check(self) -> None:
         """RuntimeError if the layer changed what this call refers to."""
         if not torch.compiler.is_compiling() and self.layer.epoch != self.epoch:
             raise RuntimeError(
-                f"keys and values of layer {self.layer.index} were used after the cache was cropped, reordered, "
-                "selected, repeated or reset; take them from a new update() instead"
+                f"keys and values of layer {self.layer.index} were used after the cache was cropped, "
+                "reordered, selected, repeated or reset; take them from a new update() instead"
             )
 
     def dense(self, side: int) -> Tensor:
@@ -91,7 +92,8 @@ class Call:
         Asked for at every use: growth and copy-on-write replace tensors and pages, and keep their content.
         """
         table = self.layer.table
-        assert table.addresses is not None and table.counts is not None
+        assert table.addresses is not None
+        assert table.counts is not None
         return table.addresses, table.counts
 
     def _used(self) -> Tensor:
@@ -143,16 +145,43 @@ class Call:
             query = query.reshape(batch, heads * count, 1, dim)
             if mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1):
                 mask = mask.expand(-1, heads, count, -1).reshape(mask.shape[0], heads * count, 1, -1)
-        sinks = self.sinks or (None, None)
-        exact = self.exact if self.exact[KEY].shape[2] else (None, None)
+        sink_keys, sink_values = (None, None) if self.sinks is None else self.sinks
+        keys, values = self.exact if self.exact[KEY].shape[2] else (None, None)
         addresses, counts = self._tables()
         scale = dim**-0.5 if scale is None else scale
         if torch.compiler.is_compiling():
-            found = (addresses, counts, self._used(), self.fresh, *sinks, *exact, self.rows, mask)
-            out: Tensor = page_ops.attend_tiles(query, *found, layer.layout, scale, layer.precision)
+            out: Tensor = page_ops.attend_tiles(
+                query,
+                addresses,
+                counts,
+                self._used(),
+                self.fresh,
+                sink_keys,
+                sink_values,
+                keys,
+                values,
+                self.rows,
+                mask,
+                layer.layout,
+                scale,
+                layer.precision,
+            )
         else:
-            found = (addresses, layer.table.first(self.tiles), *sinks, *exact, self.rows, mask)
-            out = ops.attend(query, *found, None, layer.layout, scale, precision=layer.precision)
+            out = ops.attend(
+                query,
+                addresses,
+                layer.table.first(self.tiles),
+                sink_keys,
+                sink_values,
+                keys,
+                values,
+                self.rows,
+                mask,
+                None,
+                layer.layout,
+                scale,
+                precision=layer.precision,
+            )
         return out.reshape(batch, heads, count, -1) if fold else out
 
     def padding_mask(self) -> Tensor | None:

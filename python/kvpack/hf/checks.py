@@ -15,11 +15,11 @@ DTYPES: dict[torch.dtype, Dtype] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-_SIDES = ("key", "value")
+SIDES = ("key", "value")
 
 
 def codes(specs: tuple[CodecSpec, CodecSpec]) -> dict[torch.dtype, tuple[int, int]]:
-    """Codec codes (key, value) by the dtype of keys and values; float64 is packed as float32, unless exact."""
+    """Codec codes (key, value) by the dtype of keys and values. Float64 is packed as float32."""
     out = {dtype: (specs[0].code(name), specs[1].code(name)) for dtype, name in DTYPES.items()}
     if "exact" not in (specs[0].name, specs[1].name):
         out[torch.float64] = out[torch.float32]
@@ -29,11 +29,15 @@ def codes(specs: tuple[CodecSpec, CodecSpec]) -> dict[torch.dtype, tuple[int, in
 def layout(index: int, known: dict[torch.dtype, tuple[int, int]], keys: Tensor, values: Tensor) -> list[int]:
     """The layout list for a layer's first keys and values; ValueError for what cannot be packed."""
     where = f"layer {index}"
-    for name, x in zip(_SIDES, (keys, values), strict=True):
+    for name, x in zip(SIDES, (keys, values), strict=True):
         if x.dim() != 4:
-            raise ValueError(f"{where}: {name}s have {x.dim()} dims; allowed: 4, [batch, KV heads, tokens, head size]")
+            raise ValueError(
+                f"{where}: {name}s have {x.dim()} dims; allowed: 4, [batch, KV heads, tokens, head size]"
+            )
         if x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(f"{where}: {name}s of shape {list(x.shape)} are empty; allowed: 1 or more rows and heads")
+            raise ValueError(
+                f"{where}: {name}s of shape {list(x.shape)} are empty; allowed: 1 or more rows and heads"
+            )
         if x.dtype not in known:
             allowed = ", ".join(map(str, known))
             raise ValueError(f"{where}: {name}s are {x.dtype}; allowed with these codecs: {allowed}")
@@ -46,9 +50,8 @@ def layout(index: int, known: dict[torch.dtype, tuple[int, int]], keys: Tensor, 
     try:
         return out if torch.compiler.is_compiling() else ops.layout(*out)  # operators check it again
     except ValueError as error:
-        raise ValueError(
-            f"{where} cannot be packed (key head size {keys.shape[3]}, value head size {values.shape[3]}): {error}"
-        ) from error
+        sizes = f"head sizes {keys.shape[3]} of keys, {values.shape[3]} of values"
+        raise ValueError(f"{where} cannot be packed ({sizes}): {error}") from error
 
 
 def mismatch(index: int, keys: Tensor, values: Tensor) -> ValueError:
@@ -60,18 +63,29 @@ def mismatch(index: int, keys: Tensor, values: Tensor) -> ValueError:
 
 def change(index: int, keys: Tensor, values: Tensor, expected: tuple[object, ...]) -> ValueError:
     """The error for keys and values that do not continue what the layer holds."""
-    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+    if (
+        keys.dim() != 4
+        or values.dim() != 4
+        or keys.shape[:3] != values.shape[:3]
+        or keys.dtype != values.dtype
+    ):
         return mismatch(index, keys, values)
     batch, heads, key_dim, value_dim, dtype = expected
     return ValueError(
-        f"layer {index}: keys {list(keys.shape)} and values {list(values.shape)} of {keys.dtype} do not continue "
-        f"this cache, which holds {batch} rows, {heads} KV heads, head sizes {key_dim} (key) and {value_dim} "
-        f"(value), {dtype}; reset() it or make a new one"
+        f"layer {index}: keys {list(keys.shape)} and values {list(values.shape)} of {keys.dtype} do not "
+        f"continue this cache, which holds {batch} rows, {heads} KV heads, head sizes {key_dim} (key) and "
+        f"{value_dim} (value), {dtype}; reset() it or make a new one"
     )
 
 
+def same_rows(told: int, batch: int) -> None:
+    """ValueError unless a padding mask has the rows of the cache."""
+    if told != batch:
+        raise ValueError(f"the padding mask has {told} rows, the cache has {batch}")
+
+
 def replace_nonfinite() -> bool:
-    """Whether KVPACK_NONFINITE=zero asks for non-finite values to be replaced; ValueError for another word."""
+    """Whether KVPACK_NONFINITE=zero asks to replace non-finite values; ValueError for another word."""
     word = os.environ.get("KVPACK_NONFINITE", "error")
     if word not in ("error", "zero"):
         raise ValueError(f"KVPACK_NONFINITE={word!r} is not allowed: error (default) or zero")
@@ -93,8 +107,10 @@ def repeated(stored: Tensor, again: Tensor) -> bool:
     return bool((a - b).norm() <= 2e-3 * a.norm())
 
 
+CROP = "crop({}): allowed is a negative number, how many tokens to remove from the end"
+
 REPEATED = (
-    "the whole prompt arrived a second time, with the same keys at the same positions: a model that is called "
-    "with a cache and use_cache=False appends everything it has seen on every step, and its output is wrong. "
-    "Pass use_cache=True, or no cache; after a finished text, call cache.reset() first"
+    "the whole prompt arrived a second time, with the same keys at the same positions: a model that is "
+    "called with a cache and use_cache=False appends everything it has seen on every step, and its output is "
+    "wrong. Pass use_cache=True, or no cache; after a finished text, call cache.reset() first"
 )

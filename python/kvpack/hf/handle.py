@@ -29,7 +29,7 @@ _PLAIN, _EXPANDED, _REPEATED = "plain", "expanded", "repeated"
 
 
 class Handle:
-    """One side (0 keys, 1 values) of a packed layer, seen as a tensor. Valid until the layer's epoch changes."""
+    """One side (0 keys, 1 values) of a packed layer, seen as a tensor; valid in one epoch of the layer."""
 
     __slots__ = ("_dense", "call", "device", "dtype", "n_rep", "shape", "side", "stage")
 
@@ -97,16 +97,17 @@ class Handle:
         return Handle(self.call, self.side, torch.Size(shape), stage, n_rep)
 
     def __getitem__(self, index: Any) -> Any:
-        if self.stage == _PLAIN and type(index) is tuple and len(index) == 5 and index[2] is None:
-            if index[0] == index[1] == index[3] == index[4] == _ALL:
-                b, h, s, d = self.shape
-                return self._as((b, h, 1, s, d), _EXPANDED, 1)
+        inserts = type(index) is tuple and len(index) == 5 and index[2] is None
+        if self.stage == _PLAIN and inserts and index[0] == index[1] == index[3] == index[4] == _ALL:
+            b, h, s, d = self.shape
+            return self._as((b, h, 1, s, d), _EXPANDED, 1)
         return self.dense("indexing")[index]
 
     def expand(self, *sizes: Any) -> Any:
         wanted = _sizes(sizes)
         if self.stage == _EXPANDED and len(wanted) == 5:
-            if wanted[:2] == tuple(self.shape[:2]) and wanted[3:] == tuple(self.shape[3:]):
+            b, h, _, s, d = self.shape
+            if wanted == (b, h, wanted[2], s, d):
                 return self._as(wanted, _EXPANDED, wanted[2])
         return self.dense("expand").expand(*sizes)
 
@@ -159,7 +160,7 @@ class Handle:
         return self.dense("deepcopy").clone()
 
     def __reduce__(self) -> Any:
-        return self.dense("pickle").__reduce_ex__(2)
+        return self.dense("pickle").__reduce_ex__(2)  # type: ignore[no-untyped-call]
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return self.dense("numpy").numpy().__array__(dtype)
@@ -179,8 +180,6 @@ class Handle:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError("assignment would write to packed keys or values; they are read-only")
-
-    __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(
@@ -236,7 +235,8 @@ def _attention(
 ) -> Any:
     """`scaled_dot_product_attention` with at least one handle among its arguments."""
     reason = "other keys or values"
-    if type(key) is Handle and type(value) is Handle and not (type(query) is Handle or type(attn_mask) is Handle):
+    pair = type(key) is Handle and type(value) is Handle
+    if pair and not (type(query) is Handle or type(attn_mask) is Handle):
         call = key.call
         layer = call.layer
         same = call is value.call and key.side == KEY and value.side == VALUE and key.stage == value.stage
@@ -258,9 +258,8 @@ def _attention(
             layer.check_mask(attn_mask, count)
             obstacle = call.obstacle(query, attn_mask, dropout_p)
             heads, kv_heads = query.shape[1], layer.layout[4]
-            if obstacle is None and not is_causal and heads == kv_heads * (
-                heads // kv_heads if enable_gqa else key.n_rep
-            ):
+            groups = heads // kv_heads if enable_gqa else key.n_rep
+            if obstacle is None and not is_causal and heads == kv_heads * groups:
                 layer.count_fused(call)
                 n_rep = layer.n_rep if key.stage == _PLAIN and not enable_gqa else 1
                 return call.attend(query, n_rep, attn_mask, scale)

@@ -28,10 +28,10 @@ def nbytes(*caches: StockCache) -> int:
 def memory(*caches: StockCache) -> dict[str, int]:
     """Bytes by kind; the kinds are disjoint and add up to `nbytes`.
 
-    codes, scales, means: of the tiles in use. window, sinks: their buffers, with free room; tokens that wait to
-    be placed count as window. slack: slots of pages that are not in use. tables: page addresses, tile counts,
-    padding. other: layers that are not packed. workspace: kept between calls (none is: attend asks torch for
-    its own and gives it back).
+    codes, scales, means: of the tiles in use. window, sinks: their buffers, with free room; tokens that wait
+    to be placed count as window. slack: slots of pages that are not in use. tables: page addresses, tile
+    counts, padding. other: layers that are not packed. workspace: kept between calls (none is: attend asks
+    torch for its own and gives it back).
     """
     out = dict.fromkeys(KINDS, 0)
     storages: dict[str, dict[int, int]] = {kind: {} for kind in KINDS}
@@ -47,7 +47,10 @@ def memory(*caches: StockCache) -> dict[str, int]:
         _add(storages["window"], _tensors((layer.window, layer.pending)))
         _add(storages["sinks"], _tensors(layer.sinks))
         table = layer.table
-        _add(storages["tables"], _tensors((table.addresses, table.counts, table.used, layer.rows, layer.pads, layer.writer)))
+        _add(
+            storages["tables"],
+            _tensors((table.addresses, table.counts, table.used, layer.rows, layer.pads, layer.writer)),
+        )
         for number, (page, used) in table.slots_in_use().items():
             if number not in pages or pages[number][1] < used:
                 pages[number] = (page, used, table)

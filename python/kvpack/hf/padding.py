@@ -1,7 +1,7 @@
 """Left padding: reading it from masks, and the order of tokens it leads to.
 
-Row b has `pads[b]` padded positions, then real tokens. Its sinks sit at `sink_start[b]`, so that they are real
-tokens; all other tokens form its *stream*, in the order of their positions:
+Row b has `pads[b]` padded positions, then real tokens. Its sinks sit at `sink_start[b]`, so that they are
+real tokens; all other tokens form its *stream*, in the order of their positions:
 
     position      0 1 2 3 4 5 6 7 8 ...        pad = 3, 4 sinks, sink_start = 3
     row           p p p S S S S t t ...
@@ -52,7 +52,7 @@ def from_attention(mask: Tensor, batch: int) -> Tensor | None:
     """
     seen = visible(four_dims(mask))
     if not torch.compiler.is_compiling():
-        # The last query of a causal mask sees everything but padding; only what it misses needs a closer look.
+        # The last query of a causal mask sees all but padding; only what it misses needs a closer look.
         longest = int(_leading(seen[:, :, -1].any(dim=1)).max())
         if longest == 0:
             return None

@@ -1,10 +1,10 @@
 """Operators with which a compiled graph packs and reads: what torch.compile cannot trace, made opaque.
 
 Packing allocates pages and follows their addresses, and the number of packed tiles grows as the graph runs
-again and again; compiled in as a number, it would mean a new graph for each. In traced code a layer is therefore
-a number in a tensor (`writer`), which eager code looks up in a registry of weak references, and the tile count
-is a tensor too (`used`). The declared effects of packing, on addresses and tile count, keep the order: a call
-packs before it reads, and leaves the `fresh` tiles of its own out.
+again and again; compiled in as a number, it would mean a new graph for each. In traced code a layer is
+therefore a number in a tensor (`writer`), which eager code looks up in a registry of weak references, and the
+tile count is a tensor too (`used`). The declared effects of packing, on addresses and tile count, keep the
+order: a call packs before it reads, and leaves the `fresh` tiles of its own out.
 """
 
 from __future__ import annotations
@@ -126,17 +126,17 @@ write_tiles = _library.register(
 """Encode keys and values [B, kv_heads, 64 * n, d] as the next tiles of a layer."""
 
 decode_tiles = _library.register(
-    "decode_tiles(Tensor addresses, Tensor counts, Tensor used, SymInt fresh, int side, int[] layout, ScalarType dtype, "
-    "SymInt tokens) -> Tensor",
+    "decode_tiles(Tensor addresses, Tensor counts, Tensor used, SymInt fresh, int side, int[] layout, "
+    "ScalarType dtype, SymInt tokens) -> Tensor",
     _decode_fake,
     _decode,
 )
 """`ops.decode_pages` of the tiles in use but for the last `fresh`; they hold `tokens` tokens."""
 
 attend_tiles = _library.register(
-    "attend_tiles(Tensor query, Tensor addresses, Tensor counts, Tensor used, SymInt fresh, Tensor? sink_keys, "
-    "Tensor? sink_values, Tensor? keys, Tensor? values, Tensor? rows, Tensor? mask, int[] layout, float scale, "
-    "int precision) -> Tensor",
+    "attend_tiles(Tensor query, Tensor addresses, Tensor counts, Tensor used, SymInt fresh, "
+    "Tensor? sink_keys, Tensor? sink_values, Tensor? keys, Tensor? values, Tensor? rows, Tensor? mask, "
+    "int[] layout, float scale, int precision) -> Tensor",
     _attend_fake,
     _attend,
 )

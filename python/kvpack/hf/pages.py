@@ -113,7 +113,7 @@ class PageTable:
                 row[p].filled = min(PAGE_TILES, end - p * PAGE_TILES)
             numbers.append([page.data.data_ptr() for page in row[first_page:last_page]])
         own = self._with_room(last_page)
-        for table in (own,) if addresses is own else (own, addresses):  # a graph's may be the smaller, older one
+        for table in (own, addresses):  # the same; a graph's may be the older, smaller one
             fits = min(last_page, table.shape[1])
             new = [row[: fits - first_page] for row in numbers]
             table[:, first_page:fits] = torch.tensor(new, dtype=torch.int64, device=table.device)
@@ -131,7 +131,8 @@ class PageTable:
     def _with_room(self, pages: int) -> Tensor:
         """The addresses, with room for `pages` pages; grown, they and the counts are new tensors."""
         addresses, counts = self.addresses, self.counts
-        assert addresses is not None and counts is not None
+        assert addresses is not None
+        assert counts is not None
         batch, room = addresses.shape
         if pages > room:
             more = max(pages, 2 * room)

@@ -1,0 +1,311 @@
+// Codecs: bytes identical on every level and equal to the golden ones; decoding against double precision.
+#include <algorithm>
+#include <string>
+
+#include "check.h"
+#include "core/fp_control.h"
+#include "kvpack/isa.h"
+#include "kvpack/pages.h"
+#include "reference.h"
+
+namespace {
+
+using namespace kvpack;
+using inputs::Random;
+constexpr int32_t kHeadDims[] = {64, 128, 256};
+constexpr Side kSides[] = {Side::key, Side::value};
+
+std::string label(int64_t code, int32_t d, Side side) {
+  const CodecCode c = CodecCode::unpack(code);
+  return std::string(inputs::info_of(code).name) + " rule " + std::to_string(static_cast<int>(c.rule)) + " dtype " +
+         std::to_string(static_cast<int>(c.dtype)) + " head_dim " + std::to_string(d) + (side == Side::key ? " keys" : " values");
+}
+
+// Runs `body` on a level, and goes back to the one that was in use.
+template <class Body>
+auto on_level(const std::string& name, Body&& body) {
+  const std::string before = isa_active();
+  isa_use(name);
+  auto result = body();
+  isa_use(before);
+  return result;
+}
+
+uint64_t fnv1a(const uint8_t* data, size_t n, uint64_t hash = 0xcbf29ce484222325ULL) {
+  for (size_t i = 0; i < n; ++i) hash = (hash ^ data[i]) * 0x100000001b3ULL;
+  return hash;
+}
+
+// A tile of vectors that are hard on rounding, on signs of zero or on the exponent range.
+std::vector<float> hard_vectors(int32_t d, uint64_t seed) {
+  Random random(seed);
+  std::vector<float> x(static_cast<size_t>(kTile * d), 0.0F);
+  for (int t = 0; t < kTile; ++t) {
+    float* v = x.data() + t * d;
+    const auto fill = [&](auto&& f) {
+      for (int i = 0; i < d; ++i) v[i] = f(i);
+    };
+    switch (t % 16) {
+      case 0: break;                                        // zeros
+      case 1: fill([](int) { return -0.0F; }); break;
+      case 2: v[random.below(d)] = -3.0F; break;            // one-hot: every rotated coordinate has the same magnitude
+      case 3:                                               // few equal entries: exact zeros of both signs after rotation
+        for (int64_t n = 1 + random.below(7); n >= 0; --n) v[random.below(d)] = random.below(2) != 0 ? -1.0F : 1.0F;
+        break;
+      case 4: fill([&](int) { return std::ldexp(random.normal(), -140); }); break;  // denormals
+      case 5: fill([&](int) { return random.below(3) == 0 ? std::ldexp(1.0F, -149) : 0.0F; }); break;
+      case 6: fill([&](int) { return std::ldexp(random.normal(), static_cast<int>(random.below(40)) - 35); }); break;
+      case 7: fill([&](int i) { return std::ldexp(random.normal(), -4 * (i % 36)); }); break;  // products underflow
+      case 8:                                               // q8_0: x * 127 / max falls on halves
+        fill([&](int i) { return i % 32 == 0 ? 127.0F : static_cast<float>(random.below(127)) + 0.5F; });
+        break;
+      case 9:                                               // q4_0: x / step + 8.5 falls on integers
+        fill([&](int i) { return i % 32 == 5 ? -8.0F : static_cast<float>(random.below(15)) - 7.5F; });
+        break;
+      case 10: fill([&](int) { return random.below(2) != 0 ? 1.0F : -1.0F; }); break;  // magnitudes tie: the first wins
+      case 11: fill([&](int i) { return (i & 7) == 0 ? 8.0F : -8.0F; }); break;
+      case 12: fill([&](int) { return static_cast<float>(random.below(5) - 2); }); break;
+      default: fill([&](int) { return random.normal(); });
+    }
+  }
+  return x;
+}
+
+// Vectors some of whose rotated coordinates lie on a decision threshold, to a few units in the last place: the first
+// that differ between levels when an operation is contracted or reordered.
+std::vector<float> near_thresholds(int32_t id, int32_t d, uint64_t seed) {
+  const double unit = id == 3 ? 0.015104 : id == 4 ? 0.024448 : 0.026219;
+  const int half = 1 << (id - 2);
+  Random random(seed);
+  reference::Matrix z(kTile, d);
+  for (int t = 0; t < kTile; ++t) {
+    double rest = d, others = 0;
+    const int chosen = d / 8;
+    for (int i = 0; i < d; ++i) {
+      z(t, i) = random.normal();
+      if (i < chosen) {
+        const int k = half + static_cast<int>(random.below(half - 1));
+        const double threshold = (reference::level(id, k) + reference::level(id, k + 1)) / 2 * unit;
+        z(t, i) = random.below(2) != 0 ? threshold : -threshold;
+        rest -= z(t, i) * z(t, i);
+      } else {
+        others += z(t, i) * z(t, i);
+      }
+    }
+    // |z|^2 = d, as in the encoder, so that the threshold is met after its division by the norm.
+    if (rest > 0) z.row(t).tail(d - chosen) *= std::sqrt(rest / others);
+  }
+  const reference::Matrix x = z * reference::rotation(d);
+  std::vector<float> out;
+  for (int t = 0; t < kTile; ++t)
+    for (int i = 0; i < d; ++i) out.push_back(static_cast<float>(x(t, i)));
+  return out;
+}
+
+}  // namespace
+
+TEST(bytes_are_the_same_on_every_level) {
+  const int repeats = check::full() ? 200 : check::slow() ? 1 : 20;
+  for (const int64_t code : inputs::codec_codes())
+    for (const int32_t d : kHeadDims)
+      for (const Side side : kSides) {
+        const check::Context context(label(code, d, side));
+        for (int n = 0; n < repeats; ++n) {
+          const auto seed = static_cast<uint64_t>(n * 1000 + d);
+          std::vector<std::vector<float>> tiles{hard_vectors(d, seed)};
+          if (inputs::info_of(code).rotated) tiles.push_back(near_thresholds(static_cast<int32_t>(code & 0xff), d, seed));
+          for (const auto& x : tiles) {
+            const auto scalar = on_level("scalar", [&] { return inputs::encode(x, code, d, side); });
+            const auto here = inputs::encode(x, code, d, side);
+            CHECK(here.bytes == scalar.bytes);
+          }
+        }
+      }
+}
+
+TEST(bytes_are_the_golden_ones) {
+  struct Golden {
+    int64_t code;
+    int side;
+    int32_t head_dim;
+    uint64_t hash;
+  };
+  static constexpr Golden kGolden[] = {
+#include "golden.inc"
+  };
+  size_t sides = 0;
+  for (const Golden& g : kGolden) {
+    if (g.code < 0) continue;
+    ++sides;
+    const int32_t d = g.head_dim;
+    const auto side = static_cast<Side>(g.side);
+    const check::Context context(label(g.code, d, side));
+    auto x = inputs::golden(d);
+    if (g.code == inputs::code_of(0, Rule::stored, Dtype::bf16))  // the golden elements of bf16 are truncated
+      for (float& v : x) v = std::bit_cast<float>(std::bit_cast<uint32_t>(v) & 0xffff0000U);
+    uint64_t hash = fnv1a(nullptr, 0);
+    for (int row = 0; row < inputs::kGoldenRows; ++row)
+      for (int t = 0; t < inputs::kGoldenTokens; t += kTile) {
+        const int tokens = std::min(kTile, inputs::kGoldenTokens - t);
+        const auto at = x.begin() + (row * inputs::kGoldenTokens + t) * d;
+        const auto tile = inputs::encode({at, at + tokens * d}, g.code, d, side, tokens);
+        hash = fnv1a(tile.bytes.data(), tile.bytes.size(), hash);
+      }
+    CHECK_EQ(hash, g.hash);
+  }
+  CHECK_EQ(sides, inputs::codec_codes().size() * 2 * 3);  // make_golden.py knows every codec
+}
+
+TEST(records_in_pages_are_the_golden_ones) {
+  constexpr int32_t d = 128;
+  const PageLayout layout{inputs::code_of(5, Rule::norm), d, inputs::code_of(4, Rule::norm), d, inputs::kGoldenRows};
+  const auto x = inputs::golden(d);
+  constexpr int kPadded = 3 * kTile;
+  std::vector<float> padded(static_cast<size_t>(inputs::kGoldenRows * kPadded * d), 0.0F);
+  for (int row = 0; row < inputs::kGoldenRows; ++row)
+    std::copy_n(x.begin() + row * inputs::kGoldenTokens * d, inputs::kGoldenTokens * d, padded.begin() + row * kPadded * d);
+  inputs::Bytes page(layout.page_bytes());
+  const int64_t address = reinterpret_cast<int64_t>(page.data());
+  const Strided rows{reinterpret_cast<const uint8_t*>(padded.data()), 0, ptrdiff_t{kPadded} * d * 4, ptrdiff_t{d} * 4};
+  encode_pages({&address, 1, 1}, layout, rows, rows, Dtype::f32, 0, 3, serial_for);
+  uint64_t hash = fnv1a(nullptr, 0);
+  const size_t record = layout.record().bytes();
+  for (size_t head = 0; head < inputs::kGoldenRows; ++head) hash = fnv1a(page.data() + head * kPageTiles * record, 3 * record, hash);
+  static constexpr struct {
+    int64_t code;
+    int side;
+    int32_t head_dim;
+    uint64_t hash;
+  } kGolden[] = {
+#include "golden.inc"
+  };
+  CHECK_EQ(hash, std::end(kGolden)[-1].hash);
+  // The slot that was not written is untouched.
+  CHECK_EQ(page.data()[3 * record], uint8_t{0xff});
+  // decode_pages gives what decode_tile gives, cropped tiles and all.
+  const int32_t counts[] = {64, 10, 22};
+  for (const Side side : kSides) {
+    std::vector<float> out(static_cast<size_t>(inputs::kGoldenRows * 96 * d));
+    decode_pages({&address, 1, 1}, layout, side, counts, 3, Dtype::f32, reinterpret_cast<uint8_t*>(out.data()), serial_for);
+    const int64_t code = side == Side::key ? layout.key_codec : layout.value_codec;
+    size_t at = 0;
+    for (int row = 0; row < inputs::kGoldenRows; ++row)
+      for (int t = 0; t < 3; ++t) {
+        const auto from = padded.begin() + (row * kPadded + t * kTile) * d;
+        const auto tile = inputs::encode({from, from + kTile * d}, code, d, side);
+        std::vector<float> want(static_cast<size_t>(kTile * d));
+        decode_tile(tile.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(want.data()), Dtype::f32, d * 4);
+        CHECK(std::memcmp(want.data(), out.data() + at, static_cast<size_t>(counts[t] * d) * 4) == 0);
+        at += static_cast<size_t>(counts[t] * d);
+      }
+    CHECK_EQ(at, out.size());
+  }
+}
+
+TEST(decoding_agrees_with_double_precision) {
+  for (const int64_t code : inputs::codec_codes())
+    for (const int32_t d : kHeadDims)
+      for (const Side side : kSides) {
+        const check::Context context(label(code, d, side));
+        const auto tile = inputs::encode(hard_vectors(d, static_cast<uint64_t>(d) + 7), code, d, side);
+        const auto want = reference::decode(tile.read(), code, d, side);
+        std::vector<float> got(static_cast<size_t>(kTile * d));
+        const auto decode = [&](Dtype dtype, uint8_t* out, ptrdiff_t stride) {
+          decode_tile(tile.read(), code, d, side, kTile, out, dtype, stride);
+        };
+        decode(Dtype::f32, reinterpret_cast<uint8_t*>(got.data()), ptrdiff_t{d} * 4);
+        for (int t = 0; t < kTile; ++t) {
+          double error = 0, norm = 0;
+          for (int i = 0; i < d; ++i) {
+            error += std::pow(got[static_cast<size_t>(t * d + i)] - want(t, i), 2);
+            norm += want(t, i) * want(t, i);
+          }
+          // Nothing is left of vectors whose scale is below fp16: zeros must be exact.
+          if (norm == 0)
+            CHECK_EQ(error, 0.0);
+          else
+            CHECK_LE(std::sqrt(error / norm), 1e-6);
+          check::measure("decode, relative error of a vector", norm == 0 ? 0 : std::sqrt(error / norm));
+        }
+        for (const Dtype dtype : {Dtype::f16, Dtype::bf16}) {  // other dtypes are the float32 result, rounded; wider rows
+          const ptrdiff_t stride = d * 2 + 6;
+          inputs::Bytes rows(static_cast<size_t>(stride * kTile));
+          decode(dtype, rows.data(), stride);
+          const auto rounded = inputs::elements(got, dtype);
+          bool same = true;
+          for (int t = 0; t < kTile; ++t) {
+            same = same && std::memcmp(rows.data() + t * stride, rounded.data() + static_cast<ptrdiff_t>(t) * d * 2, static_cast<size_t>(d) * 2) == 0;
+            same = same && rows.data()[t * stride + d * 2] == 0xff;  // the gap between rows is left alone
+          }
+          CHECK(same);
+        }
+      }
+}
+
+TEST(partial_tiles_are_filled_with_zeros) {
+  for (const int64_t code : inputs::codec_codes())
+    for (const int32_t d : kHeadDims)
+      for (const Side side : kSides)
+        for (const int tokens : {1, 63, 64}) {
+          const check::Context context(label(code, d, side), " tokens ", tokens);
+          auto x = hard_vectors(d, 99);
+          const auto partial = inputs::encode({x.begin(), x.begin() + tokens * d}, code, d, side, tokens);
+          std::fill(x.begin() + tokens * d, x.end(), 0.0F);
+          const auto whole = inputs::encode(x, code, d, side);
+          CHECK(partial.bytes == whole.bytes);
+          const auto decoded = reference::decode(partial.read(), code, d, side);
+          for (int t = tokens; t < kTile; ++t) CHECK_EQ(decoded.row(t).cwiseAbs().maxCoeff(), 0.0);
+          // Decoding some tokens writes no more than these.
+          inputs::Bytes out(static_cast<size_t>((tokens + 1) * d) * 4);
+          decode_tile(partial.read(), code, d, side, tokens, out.data(), Dtype::f32, ptrdiff_t{d} * 4);
+          CHECK_EQ(out.data()[tokens * d * 4], uint8_t{0xff});
+        }
+}
+
+TEST(inputs_of_16_bits_and_strides) {
+  for (const int64_t code : inputs::codec_codes()) {
+    if (inputs::info_of(code).bits == 0) continue;
+    constexpr int32_t d = 128;
+    const auto x = hard_vectors(d, 5);
+    for (const Dtype dtype : {Dtype::f16, Dtype::bf16, Dtype::f32}) {
+      const check::Context context(label(code, d, Side::key), " input dtype ", static_cast<int>(dtype));
+      const auto narrow = inputs::elements(x, dtype);
+      std::vector<float> widened(x.size());
+      load_row(narrow.data(), dtype, static_cast<int32_t>(x.size()), widened.data());
+      const ptrdiff_t row = d * dtype_bytes(dtype), stride = 3 * row;
+      inputs::Bytes strided(static_cast<size_t>(stride * kTile));
+      for (int t = 0; t < kTile; ++t) std::memcpy(strided.data() + t * stride, narrow.data() + t * row, static_cast<size_t>(row));
+      inputs::Tile tile(code, d, Side::key);
+      encode_tile({strided.data(), dtype, stride}, kTile, code, d, Side::key, tile.sections(), 0);
+      CHECK(tile.bytes == inputs::encode(widened, code, d, Side::key).bytes);
+    }
+  }
+}
+
+TEST(rotation_agrees_with_the_dense_matrix) {
+  for (const int32_t d : kHeadDims) {
+    const check::Context context("head_dim ", d);
+    constexpr int kRows = 5;
+    Random random(static_cast<uint64_t>(d));
+    std::vector<float> x(static_cast<size_t>(kRows * d));
+    for (float& v : x) v = random.normal();
+    reference::Matrix want(kRows, d);
+    for (int i = 0; i < kRows * d; ++i) want.data()[i] = x[static_cast<size_t>(i)];
+    const auto distance = [&](const std::vector<float>& got) {
+      double error = 0;
+      for (int i = 0; i < kRows * d; ++i) error += std::pow(got[static_cast<size_t>(i)] - want.data()[i], 2);
+      return std::sqrt(error / want.squaredNorm());
+    };
+    auto y = x;
+    rotate_rows(y.data(), kRows, d, false);
+    rotate_rows(y.data(), kRows, d, true);
+    CHECK_LE(distance(y), 1e-6);
+    want = want * reference::rotation(d).transpose();
+    rotate_rows(x.data(), kRows, d, false);
+    CHECK_LE(distance(x), 1e-6);
+    auto scalar = y;
+    on_level("scalar", [&] { return rotate_rows(scalar.data(), kRows, d, false), 0; });
+    rotate_rows(y.data(), kRows, d, false);
+    CHECK(std::memcmp(scalar.data(), y.data(), y.size() * 4) == 0);
+  }
+}

@@ -1,0 +1,77 @@
+#!/bin/sh
+# Everything that `make test` runs, in .venv: tools/test.sh [--full] [pytest arguments]
+# A failing step does not stop the next; a step that cannot run here says SKIPPED and why. pytest comes last, so that
+# its summary ends the output, after one line on the steps.
+cd "$(dirname "$0")/.." || exit 1
+full=0
+if [ "${1:-}" = --full ]; then
+  full=1
+  shift
+fi
+PATH="$PWD/.venv/bin:$PATH"
+export PATH OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-2}"
+failed=0
+steps=""
+begun=$(date +%s)
+
+# step NAME COMMAND...: runs it and notes how it went, and for how long.
+step() {
+  name=$1
+  shift
+  printf '\n== %s\n' "$name"
+  start=$(date +%s)
+  if "$@" </dev/null; then state=ok; else
+    state=FAILED
+    failed=1
+  fi
+  steps="$steps, $name $state $(($(date +%s) - start)) s"
+  [ $state = ok ] || printf '== %s FAILED\n' "$name"
+}
+
+skip() {
+  printf '\n== %s\nSKIPPED %s: %s\n' "$1" "$1" "$2"
+  steps="$steps, $1 SKIPPED"
+}
+
+# Configure, build and run the C++ tests of a preset.
+cpp() {
+  cmake --preset "$1" >"build/$1.log" 2>&1 || { cat "build/$1.log"; return 1; }
+  cmake --build --preset "$1" >>"build/$1.log" 2>&1 || { tail -n 60 "build/$1.log"; return 1; }
+  ctest --preset "$1" --output-on-failure
+}
+
+neon() {
+  if ! command -v aarch64-linux-gnu-g++ >/dev/null; then
+    skip neon "no aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)"
+  elif ! command -v qemu-aarch64 >/dev/null && ! command -v qemu-aarch64-static >/dev/null; then
+    skip neon "no qemu-aarch64 (Debian: qemu-user)"
+  else
+    step neon cpp arm64-qemu
+  fi
+}
+
+mkdir -p build
+step lint tools/lint.sh
+step cpp cpp dev
+step sanitizers cpp asan
+case "$(uname -m)" in
+aarch64 | arm64) skip neon "this machine is one: the C++ tests above ran on NEON" ;;
+*) neon ;;
+esac
+if [ $full = 1 ]; then
+  for level in $(.venv/bin/python -c 'import kvpack; print(*kvpack.isa.available())'); do
+    step "operators-$level" env KVPACK_ISA="$level" .venv/bin/python -m pytest -q -n 2 tests/ops
+  done
+  step operators-default env KVPACK_NO_NATIVE=1 .venv/bin/python -m pytest -q -n 2 tests/ops
+fi
+
+printf '\n== steps so far: %s\n\n== pytest\n' "${steps#, }"
+# xdist: loadgroup keeps tests together that share something expensive.
+marked="not full"
+[ $full = 0 ] || marked="full or not full"
+.venv/bin/python -m pytest -n 2 --dist loadgroup --durations 15 --nbmake --nbmake-timeout 300 -m "$marked" \
+  "$@" tests notebooks </dev/null || failed=1
+if [ $failed = 0 ]; then state="all steps ok"; else state="FAILED (see the steps above)"; fi
+echo "make test: $state, $(($(date +%s) - begun)) s"
+exit $failed
