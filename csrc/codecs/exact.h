@@ -7,7 +7,7 @@ namespace kvpack {
 
 struct Exact {
   static constexpr int32_t kBits = 0, kScaleBlock = 0;
-  static constexpr bool kRotated = false;
+  static constexpr bool kRotated = false, kSignedScales = false;
   static constexpr double kUnit = 0.0;
   static constexpr LevelTable kLevels{};
 };

@@ -11,7 +11,7 @@ namespace kvpack {
 template <int32_t Bits>
 struct LloydMax {
   static constexpr int32_t kBits = Bits, kScaleBlock = 0;
-  static constexpr bool kRotated = true;
+  static constexpr bool kRotated = true, kSignedScales = false;
 };
 
 struct Tq2 : LloydMax<2> {

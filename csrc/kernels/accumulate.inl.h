@@ -24,7 +24,14 @@ struct Dither {
 };
 constexpr Dither kDither{};
 
-// Quantizes probs[64] * scales[64] into 16 operands per plane; returns what a unit of the integer sum is worth.
+// Four bytes per dword, 0xff where a token's scale is negative: there its level bytes are negated instead.
+[[maybe_unused]] inline void sign_bytes(const uint16_t* scales, int32_t* out) {
+  uint8_t byte[kvpack::kTile];
+  for (int t = 0; t < kvpack::kTile; ++t) byte[t] = static_cast<uint8_t>(-(scales[t] >> 15));
+  __builtin_memcpy(out, byte, sizeof byte);
+}
+
+// Quantizes probs[64] * |scales[64]| into 16 operands per plane; returns what a unit of the integer sum is worth.
 template <class S, bool High>
 float quantize_probs(const float* probs, const uint16_t* scales, int dither, int32_t* first, int32_t* second) {
   using namespace kvpack;
@@ -34,7 +41,7 @@ float quantize_probs(const float* probs, const uint16_t* scales, int dither, int
   F top = S::set1(1e-30F);
   for (int v = 0; v < kVectors; ++v) {
     const F scale = S::template load_element<Dtype::f16>(reinterpret_cast<const uint8_t*>(scales + v * S::kLanes));
-    x[v] = S::mul(S::load(probs + v * S::kLanes), scale);
+    x[v] = S::mul(S::load(probs + v * S::kLanes), S::abs(scale));
     top = S::max(top, x[v]);
   }
   const float max = S::reduce_max(top);
@@ -73,6 +80,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   const CodeGrid grid{Codec::kBits, a.head_dim, kTile};
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   alignas(64) int32_t operand[kPlanes][G][kOperands];
+  [[maybe_unused]] int32_t negative[kTile / 4];
   float worth[G] = {};
   int ready = -1;
   for (int sb = 0; sb < grid.superblocks(); ++sb) {
@@ -81,6 +89,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     for (int v0 = 0; v0 < vectors; v0 += kStep) {
       const int block = blocks == 1 ? 0 : (sb * 64 + v0 * S::kLanes) / 32;
       if (block != ready) {
+        if constexpr (Codec::kSignedScales) sign_bytes(a.tile.scales + block * kTile, negative);
         for (int g = 0; g < G; ++g)
           worth[g] = quantize_probs<S, High>(a.probs + g * kTile, a.tile.scales + block * kTile, a.dither, operand[0][g],
                                              operand[kPlanes - 1][g]);
@@ -97,7 +106,9 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
           const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
           if (at % kPerBlock == 0)
             for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
-          unpack(p, [&](int j, const typename S::Code& code) __attribute__((always_inline)) {
+          unpack(p, [&](int j, I levels) __attribute__((always_inline)) {
+            if constexpr (Codec::kSignedScales) levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
+            const typename S::Code code = S::expand(levels);
             const int depth = (u * kDwords + j) * S::kOperandDwords;
             unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
               const int g = i / kPlanes, n = i % kPlanes;

@@ -49,6 +49,7 @@ struct Avx2 {
     return _mm256_shuffle_epi8(t.level, _mm256_and_si256(field, _mm256_set1_epi8((1 << Bits) - 1)));
   }
   static I flip_sign_bit(I v) { return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80))); }
+  static I negate_bytes(I v, I mask) { return _mm256_sub_epi8(_mm256_xor_si256(v, mask), mask); }
   static Code expand(I levels) {
     return {_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)};
   }

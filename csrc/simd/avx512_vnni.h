@@ -46,6 +46,7 @@ struct Avx512Vnni {
     return _mm512_shuffle_epi8(t.level, _mm512_and_si512(field, _mm512_set1_epi8((1 << Bits) - 1)));
   }
   static I flip_sign_bit(I v) { return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(0x80))); }
+  static I negate_bytes(I v, I mask) { return _mm512_sub_epi8(_mm512_xor_si512(v, mask), mask); }
   static Code expand(I levels) { return levels; }
 
   template <kvpack::Side>

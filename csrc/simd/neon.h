@@ -55,6 +55,7 @@ struct Neon {
     return vreinterpretq_s32_s8(vqtbl1q_s8(t.level, field));
   }
   static I flip_sign_bit(I v) { return from(veorq_u8(bytes(v), vdupq_n_u8(0x80))); }
+  static I negate_bytes(I v, I mask) { return from(vsubq_u8(veorq_u8(bytes(v), bytes(mask)), bytes(mask))); }
   static Code expand(I levels) { return vreinterpretq_s8_s32(levels); }
 
   template <kvpack::Side>

@@ -11,6 +11,7 @@
 //   kOperandDwords        dwords per four depths of a broadcast operand
 //   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
 //   look_up<Bits, Pos>    level bytes of the field at bit Pos of every byte
+//   negate_bytes          -v where the mask byte is 0xff, v where it is 0
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
 //   hadamard_in_lane      butterfly stages with strides kLanes/2 .. 1
 //   add_where_greater     acc + (a > b ? inc : 0)
@@ -69,6 +70,14 @@ struct Scalar {
     return out;
   }
   static I flip_sign_bit(I v) { return v ^ 0x80808080U; }
+  static I negate_bytes(I v, I mask) {
+    I out = 0;
+    for (int e = 0; e < 32; e += 8) {
+      const uint32_t m = (mask >> e) & 0xffU;
+      out |= ((((v >> e) ^ m) - m) & 0xffU) << e;
+    }
+    return out;
+  }
   static Code expand(I levels) { return levels; }
 
   template <kvpack::Side>

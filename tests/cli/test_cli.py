@@ -66,9 +66,7 @@ def test_ppl_of_the_exact_cache_and_of_a_codec() -> None:
 
 @pytest.mark.parametrize("mode", ["fake", "chunked", "stepwise"])
 def test_ppl_in_every_mode(mode: str) -> None:
-    assert (
-        run_json("ppl", "tq3", "--mode", mode, *SMALL[:-4], "--count", "1", "--window", "20")["mode"] == mode
-    )
+    assert run_json("ppl", "tq3", "--mode", mode, *SMALL[:-4], "--count", "1", "--window", "20")["mode"] == mode
 
 
 def test_sweep_writes_rows_and_a_picture_and_resumes(tmp_path: Path) -> None:
@@ -120,12 +118,8 @@ def test_doctor() -> None:
 def test_doctor_explains_a_models_layers(tmp_path: Path) -> None:
     import transformers
 
-    small = dict(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1
-    )
-    transformers.Gemma3TextConfig(**small, head_dim=64, num_hidden_layers=6).save_pretrained(
-        tmp_path / "gemma"
-    )
+    small = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1)
+    transformers.Gemma3TextConfig(**small, head_dim=64, num_hidden_layers=6).save_pretrained(tmp_path / "gemma")
     transformers.LlamaConfig(**small, head_dim=80, num_hidden_layers=2).save_pretrained(tmp_path / "odd")
     layers = json.loads(run("doctor", "--json", "--model", str(tmp_path / "gemma")).stdout)["model"]["layers"]
     assert [layer["packed"] for layer in layers] == [False] * 5 + [True]

@@ -69,7 +69,7 @@ inline void measure(const std::string& name, double value) {
 }
 
 inline void fail(const char* file, int line, const std::string& what) {
-  constexpr int64_t kShown = 40;
+  constexpr int64_t kShown = 12;
   if (++failures > kShown) {
     if (failures == kShown + 1) std::cout << "  further failures are counted, not shown\n";
     return;

@@ -1,2 +1,115 @@
-#include "check.h"
-TEST(none) {}
+// Kernels never allocate: encode_tile, decode_tile and attend ask operator new for nothing.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "attend_case.h"
+
+namespace {
+std::atomic<int64_t> allocations{0};
+
+void* counted(size_t size, size_t alignment) {
+  ++allocations;
+  void* p = nullptr;
+  if (posix_memalign(&p, alignment < sizeof(void*) ? sizeof(void*) : alignment, size == 0 ? 1 : size) != 0) throw std::bad_alloc();
+  return p;
+}
+}  // namespace
+
+void* operator new(size_t n) { return counted(n, alignof(std::max_align_t)); }
+void* operator new[](size_t n) { return counted(n, alignof(std::max_align_t)); }
+void* operator new(size_t n, std::align_val_t a) { return counted(n, static_cast<size_t>(a)); }
+void* operator new[](size_t n, std::align_val_t a) { return counted(n, static_cast<size_t>(a)); }
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, size_t) noexcept { std::free(p); }
+void operator delete[](void* p, size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, size_t, std::align_val_t) noexcept { std::free(p); }
+
+namespace {
+
+using namespace kvpack;
+using attend_case::Case;
+using attend_case::Problem;
+using inputs::Bytes;
+
+template <class Body>
+int64_t allocations_of(Body&& body) {
+  const int64_t before = allocations;
+  body();
+  return allocations - before;
+}
+
+}  // namespace
+
+TEST(the_counter_counts) {
+  CHECK_EQ(allocations_of([] { const Bytes one(100); }), 1);
+  CHECK_EQ(allocations_of([] { const std::vector<float> one(100, 1.0F); }), 1);
+  CHECK_EQ(allocations_of([] {}), 0);
+}
+
+TEST(tiles_allocate_nothing) {
+  for (const int64_t code : inputs::codec_codes())
+    for (const int32_t d : {64, 256})
+      for (const Side side : {Side::key, Side::value}) {
+        const check::Context context(inputs::info_of(code).name, " head_dim ", d);
+        std::vector<float> x(static_cast<size_t>(kTile * d), 0.5F);
+        const Dtype dtype = inputs::input_dtype(code);
+        const auto rows = inputs::elements(x, dtype);
+        inputs::Tile tile(code, d, side);
+        const ptrdiff_t stride = ptrdiff_t{d} * dtype_bytes(dtype);
+        CHECK_EQ(allocations_of([&] { encode_tile({rows.data(), dtype, stride}, 50, code, d, side, tile.sections(), 0); }), 0);
+        CHECK_EQ(allocations_of([&] {
+                   decode_tile(tile.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(x.data()), Dtype::f32, ptrdiff_t{d} * 4);
+                 }),
+                 0);
+        CHECK_EQ(allocations_of([&] { rotate_rows(x.data(), kTile, d, true); }), 0);
+      }
+}
+
+TEST(attend_allocates_nothing) {
+  for (const int tiles : {0, 3, 70})
+    for (const auto& [key, value] : {std::pair{inputs::code_of(5, Rule::norm), inputs::code_of(4, Rule::norm)},
+                                     std::pair{inputs::code_of(0), inputs::code_of(0)}, std::pair{inputs::code_of(1), inputs::code_of(3, Rule::mse)}})
+      for (const Precision precision : {Precision::standard, Precision::high})
+        for (const int64_t tokens : {1, 40}) {
+          Case c;
+          c.batch = 1;
+          c.key_codec = key;
+          c.value_codec = value;
+          c.query_tokens = tokens;
+          c.counts.assign(static_cast<size_t>(tiles), kTile);
+          c.precision = precision;
+          c.mask = Mask::Kind::additive;
+          c.sink_logits = true;
+          c.softcap = 30.0F;
+          c.rows = {3, 3};
+          const check::Context context(describe(c));
+          const Problem problem(c);
+          Bytes out(problem.run().size());
+          const AttendParams p = problem.params(out.data());
+          size_t size = 0;
+          CHECK_EQ(allocations_of([&] { size = attend_workspace(p); }), 0);
+          Bytes workspace(size);
+          CHECK_EQ(allocations_of([&] { attend(p, workspace.data(), serial_for); }), 0);
+        }
+}
+
+TEST(pages_allocate_nothing_per_tile) {
+  // decode_pages holds one list of starts; nothing grows with rows or heads.
+  const PageLayout layout{inputs::code_of(5, Rule::norm), 64, inputs::code_of(4, Rule::norm), 64, 4};
+  Bytes page(layout.page_bytes());
+  const auto address = reinterpret_cast<int64_t>(page.data());
+  std::vector<float> x(4 * 256 * 64, 1.0F);
+  const Strided rows{reinterpret_cast<const uint8_t*>(x.data()), 0, 256 * 64 * 4, 256};
+  const PageTable table{&address, 1, 1};
+  const int32_t counts[] = {64, 64, 64, 64};
+  CHECK_EQ(allocations_of([&] { encode_pages(table, layout, rows, rows, Dtype::f32, 0, 4, serial_for); }), 0);
+  CHECK_LE(allocations_of([&] {
+             decode_pages(table, layout, Side::value, counts, 4, Dtype::f32, reinterpret_cast<uint8_t*>(x.data()), serial_for);
+           }),
+           1);
+}

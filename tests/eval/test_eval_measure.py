@@ -44,9 +44,7 @@ def test_a_reference_changes_nothing(tiny: LoadedModel, ids: Tensor) -> None:
     shared = task(tiny, ids, prompt=100).reference()
     first = divergence(tiny, ids, "tq3/tq2", prompt=100, reference=shared)
     again = divergence(tiny, ids, "tq3/tq2", prompt=100, reference=shared)
-    starved = divergence(
-        tiny, ids, "tq3/tq2", prompt=100, reference=task(tiny, ids, prompt=100).reference(budget=1)
-    )
+    starved = divergence(tiny, ids, "tq3/tq2", prompt=100, reference=task(tiny, ids, prompt=100).reference(budget=1))
     for other in (first, again, starved):
         assert other.kld.value == pytest.approx(alone.kld.value, rel=1e-4)
         assert other.dense_bytes == alone.dense_bytes
@@ -56,9 +54,7 @@ def test_a_reference_changes_nothing(tiny: LoadedModel, ids: Tensor) -> None:
 
 def test_perplexity_under_a_cache_is_that_of_divergence(tiny: LoadedModel, ids: Tensor) -> None:
     spec = dict(key="tq2", window=20)
-    assert perplexity(tiny, ids, spec).ppl.value == pytest.approx(
-        divergence(tiny, ids, spec).ppl.value, rel=1e-6
-    )
+    assert perplexity(tiny, ids, spec).ppl.value == pytest.approx(divergence(tiny, ids, spec).ppl.value, rel=1e-6)
 
 
 def test_bytes_are_the_caches_own(tiny: LoadedModel, ids: Tensor) -> None:
@@ -148,9 +144,7 @@ def test_results_survive_json(tiny: LoadedModel, ids: Tensor) -> None:
     assert data["mode"] == "emulated"
 
 
-def test_sweep_resumes(
-    tiny: LoadedModel, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sweep_resumes(tiny: LoadedModel, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "rows.jsonl"
     specs = grid(["tq4", "tq3/tq2"], [10, 60])
     assert [(spec.label, spec.window) for spec in specs] == [

@@ -97,10 +97,7 @@ def test_softmax_attention_options() -> None:
 def test_stepwise_chunked_and_emulated_agree_in_float64(tiny64: LoadedModel, ids: Tensor, codec: str) -> None:
     spec = CacheSpec.parse(codec, window=20, sinks=4, fused=False)
     model = tiny64.model
-    rows = {
-        mode: all_rows(model, ids[0], spec, mode, Feed(0, 1, 40))
-        for mode in ("stepwise", "chunked", "emulated")
-    }
+    rows = {mode: all_rows(model, ids[0], spec, mode, Feed(0, 1, 40)) for mode in ("stepwise", "chunked", "emulated")}
     a, read = rows["stepwise"]
     for mode in ("chunked", "emulated"):
         assert (rows[mode][0] - a).abs().max() < 1e-6
@@ -110,9 +107,7 @@ def test_stepwise_chunked_and_emulated_agree_in_float64(tiny64: LoadedModel, ids
 
 
 @pytest.mark.parametrize(("prompt", "chunk"), [(0, 33), (100, 1), (70, 10)])
-def test_emulated_follows_prompt_and_chunks(
-    tiny64: LoadedModel, ids: Tensor, prompt: int, chunk: int
-) -> None:
+def test_emulated_follows_prompt_and_chunks(tiny64: LoadedModel, ids: Tensor, prompt: int, chunk: int) -> None:
     spec = CacheSpec("tq3", window=10, fused=False)
     feed = Feed(prompt, chunk, max(prompt, 40))
     real, read = all_rows(tiny64.model, ids[0], spec, "chunked", feed)
@@ -127,9 +122,7 @@ def test_the_fused_cache_agrees_with_emulation(tiny: LoadedModel, ids: Tensor, c
     spec = CacheSpec.parse(codec, window=20, precision="high")
     found = agreement(tiny, ids[0], spec, "emulated", "chunked", chunk=8, skip=60)
     assert found.between < 1e-6 + 0.02 * found.codec
-    dense = agreement(
-        tiny, ids[0], CacheSpec.parse(codec, window=20, fused=False), "emulated", "chunked", chunk=8
-    )
+    dense = agreement(tiny, ids[0], CacheSpec.parse(codec, window=20, fused=False), "emulated", "chunked", chunk=8)
     assert dense.between < 1e-7 + 0.01 * dense.codec
 
 
@@ -207,13 +200,16 @@ def _family(name: str) -> Any:
     torch.manual_seed(0)
     small = dict(
         vocab_size=256, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     t = transformers
     made = {
         "gemma2": lambda: (t.Gemma2ForCausalLM, t.Gemma2Config(**small, sliding_window=64), "eager"),
         "gemma3": lambda: (
-            t.Gemma3ForCausalLM, t.Gemma3TextConfig(**{**small, "num_hidden_layers": 6}, sliding_window=64), "sdpa"
+            t.Gemma3ForCausalLM,
+            t.Gemma3TextConfig(**{**small, "num_hidden_layers": 6}, sliding_window=64),
+            "sdpa",
         ),
         "falcon": lambda: (
             t.FalconForCausalLM,

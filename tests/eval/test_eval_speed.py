@@ -49,9 +49,7 @@ def test_decode_speed_pairs_the_stock_cache(tiny: LoadedModel, ids: Tensor) -> N
 
 def test_continue_text_is_greedy_generation(tiny: LoadedModel, ids: Tensor) -> None:
     with torch.no_grad():
-        want = tiny.model.generate(ids[:1], do_sample=False, max_new_tokens=5, pad_token_id=0)[
-            0, 260:
-        ].tolist()
+        want = tiny.model.generate(ids[:1], do_sample=False, max_new_tokens=5, pad_token_id=0)[0, 260:].tolist()
     assert continue_text(tiny.model, ids[0], prefill(tiny.model, ids[0]), 5) == want
 
 

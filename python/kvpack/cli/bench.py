@@ -25,13 +25,9 @@ def bench(
     group: Annotated[int, typer.Option("--group", min=1, help="Query heads per KV head.")] = 4,
     head_dim: Annotated[int, typer.Option("--head-dim", "-d", help="64, 128 or 256.")] = 128,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="Of torch's keys and values, and of the query.")
-    ] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of torch's keys and values, and of the query.")] = "bfloat16",
     precision: Annotated[str, typer.Option("--precision", help="default or high.")] = "default",
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="torch's threads [default: as torch]")
-    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="torch's threads [default: as torch]")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1)] = 10,
     what: Annotated[str, typer.Option("--what", help="all, attend or encode.")] = "all",
     json: JsonOption = False,
@@ -76,9 +72,10 @@ def bench(
 
     first = rows[0]
     table = Table(
-        title=f"{kv_heads} KV heads x {group}, d={head_dim}, batch {batch}, {dtype}, {first.threads} threads, "
-        f"precision {precision}" + ("" if ops.native else "; NATIVE OPERATORS MISSING"),
-        caption="median of rounds [10th .. 90th percentile]; ratio: torch's time over this one's, in the same round",
+        title=f"{kv_heads} KV heads x {group}, d={head_dim}, batch {batch}, {dtype}, "
+        f"{first.threads} threads, precision {precision}" + ("" if ops.native else "; NATIVE OPERATORS MISSING"),
+        caption="median of rounds [10th .. 90th percentile]; against torch: its time over this one's, "
+        "in the same round",
     )
     for name in ("what", "tokens", "codec", "us per call", "GB/s read", "against torch"):
         table.add_column(name, justify="left" if name in ("what", "codec") else "right")

@@ -31,9 +31,7 @@ TextOption = Annotated[
     str,
     typer.Option("--text", "-t", help="'topics' (Python's own documentation), 'wikitext-2', or a text file."),
 ]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="Dtype of the model: float32, bfloat16, float16, float64.")
-]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Dtype of the model: float32, bfloat16, float16, float64.")]
 ModeOption = Annotated[str, typer.Option("--mode", help="fake, chunked, stepwise or emulated.")]
 WindowOption = Annotated[int, typer.Option("--window", "-w", min=0, help="Newest tokens kept exact.")]
 SinksOption = Annotated[int, typer.Option("--sinks", min=0, help="First tokens kept exact.")]
@@ -164,12 +162,11 @@ def size(count: float | None) -> str:
     """Bytes in binary units, three digits."""
     if count is None:
         return "-"
-    for unit in ("B", "KiB", "MiB"):
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB"):
         if count < 1024:
             break
-        count /= 1024
-    else:
-        unit = "GiB"
+        count, unit = count / 1024, larger
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
 
 

@@ -88,23 +88,20 @@ def _show(result: Showcase, console: Console) -> None:
         f"\n[bold]Text[/]   after {result.speed[0].context + 1} tokens of prompt: {escape(result.question)}\n"
     )
     for item in result.written:
-        same = (
-            ""
-            if item is result.written[0]
-            else f"  [dim](first {item.same} of {item.tokens} tokens as exact)[/]"
-        )
+        same = "" if item is result.written[0] else f"  [dim](first {item.same} of {item.tokens} tokens as exact)[/]"
         console.print(f"[bold]{item.label}[/]{same}")
         shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in item.text)
         console.print(f"  {escape(shown)}\n")
     console.print(_table(result))
+    stock = result.speed[0]
     console.print(
-        f"bytes: all the cache holds, window ({q.window}) and sinks ({q.sinks}) included, at {result.speed[0].context} "
-        f"tokens in {result.speed[0].dtype}; tokens/s: decoding from there, paired rounds, {result.threads} threads, "
+        f"bytes: all the cache holds, window ({q.window}) and sinks ({q.sinks}) included, at {stock.context} "
+        f"tokens in {stock.dtype}; tokens/s: decoding from there, paired rounds, {result.threads} threads, "
         "median [10th .. 90th percentile]."
     )
     console.print(
-        f"Quality in float32, mode {q.mode}: {q.windows} windows of {q.context} tokens of {escape(q.text)}, first call "
-        f"{q.prompt}, {q.tokens} tokens scored; ± half of a 95 % interval, clustered by {q.cluster_kind}."
+        f"Quality in float32, mode {q.mode}: {q.windows} windows of {q.context} tokens of {escape(q.text)}, "
+        f"first call {q.prompt}, {q.tokens} tokens scored; ± half of a 95 % interval, clustered by {q.cluster_kind}."
     )
     a, b = result.anchor, result.anchored
     console.print(

@@ -74,8 +74,7 @@ def findings() -> dict[str, Any]:
 
 
 def layers_of(config: Any) -> list[dict[str, Any]]:
-    """Per layer: its type, whether it is packed and why not, and its head sizes where the config tells them.
-    """
+    """Per layer: its type, whether it is packed and why not, and its head sizes where the config tells them."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     from kvpack.eval.cachespec import full_layers
@@ -90,11 +89,7 @@ def layers_of(config: Any) -> list[dict[str, Any]]:
         head_dim = getattr(own, "head_dim", None) or (own.hidden_size // heads if heads else None)
         why = "full attention"
         if index not in packed:
-            why = (
-                "MLA latents (kv_lora_rank)"
-                if kind == "full_attention"
-                else f"{kind}: only full attention is packed"
-            )
+            why = "MLA latents (kv_lora_rank)" if kind == "full_attention" else f"{kind}: only full attention is packed"
         elif head_dim is not None:
             trouble = _head_size_trouble(int(head_dim))
             if trouble:
@@ -124,8 +119,7 @@ def _head_size_trouble(head_dim: int) -> str | None:
 
 
 def model_findings(name: str) -> dict[str, Any]:
-    """What a model's cache would be made of; reads its config only (hub ids: the local cache, then the hub).
-    """
+    """What a model's cache would be made of; reads its config only (hub ids: the local cache, then the hub)."""
     from transformers import AutoConfig
 
     from kvpack.eval import ModelUnavailableError
@@ -186,12 +180,11 @@ def _show(found: dict[str, Any]) -> None:
 
     console = output()
     build, native = found["build"], found["native_operators"]
+    default = found["default_model"]
     lines = {
         "kvpack": f"{found['kvpack']}, format version {build.get('format_version')}",
         "python": f"{found['python']}, {found['machine']}",
-        "packages": ", ".join(
-            f"{name} {version or 'MISSING'}" for name, version in found["packages"].items()
-        ),
+        "packages": ", ".join(f"{name} {version or 'MISSING'}" for name, version in found["packages"].items()),
         "build": ", ".join(f"{name} {value}" for name, value in build.items()),
         "ISA": f"{found['isa_active']} active; available: {', '.join(found['isa_available'])}"
         + (f"; KVPACK_ISA={found['isa_pinned']}" if found["isa_pinned"] else ""),
@@ -201,9 +194,8 @@ def _show(found: dict[str, Any]) -> None:
             None: "no torch",
         }[native],
         "codecs": ", ".join(found["codecs"]),
-        "default model": f"{found['default_model']['path']} ({'ready' if found['default_model']['ready'] else 'not yet'})",
-        "texts": ("topics" if found["text"] else "pydoc_data MISSING")
-        + "".join(f", {path}" for path in found["data"]),
+        "default model": f"{default['path']} ({'ready' if default['ready'] else 'not yet'})",
+        "texts": ("topics" if found["text"] else "pydoc_data MISSING") + "".join(f", {path}" for path in found["data"]),
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)

@@ -46,9 +46,7 @@ def ppl(
     prompt: PromptOption = 0,
     skip: SkipOption = None,
     chunk: ChunkOption = None,
-    fused: Annotated[
-        bool, typer.Option(help="Modes chunked, stepwise: read the cache with the fused kernel.")
-    ] = True,
+    fused: Annotated[bool, typer.Option(help="Modes chunked, stepwise: read the cache with the fused kernel.")] = True,
     dtype: DtypeOption = "float32",
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -76,9 +74,7 @@ def ppl(
         return
     console = output()
     if spec is None:
-        console.print(
-            f"{plain.model}; {plain.text}, {plain.windows} windows of {plain.context} tokens", markup=False
-        )
+        console.print(f"{plain.model}; {plain.text}, {plain.windows} windows of {plain.context} tokens", markup=False)
         console.print(f"PPL {number(plain.ppl)}  (exact cache, {plain.tokens} tokens scored)")
         return
     r = result
@@ -88,13 +84,10 @@ def ppl(
         f"95 % intervals, clustered by {r.cluster_kind}"
     )
     console.print(
-        f"KLD          mean {kld(r.kld)}   median {kld(r.kld_median)}   p99 {kld(r.kld_p99)}   "
-        f"max {figure(r.kld_max)}"
+        f"KLD          mean {kld(r.kld)}   median {kld(r.kld_median)}   p99 {kld(r.kld_p99)}   max {figure(r.kld_max)}"
     )
     console.print(f"same top-1   {percent(r.top1)} %")
-    console.print(
-        f"PPL          {number(r.ppl)}   exact {number(r.ppl_exact)}   ratio {number(r.ppl_ratio, 4)}"
-    )
+    console.print(f"PPL          {number(r.ppl)}   exact {number(r.ppl_exact)}   ratio {number(r.ppl_ratio, 4)}")
     if r.compression is not None:
         console.print(
             f"cache        {size(r.cache_bytes)} for {r.context - 1} tokens, everything included: "

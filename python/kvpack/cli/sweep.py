@@ -90,12 +90,9 @@ def sweep(
     drawn = draw_pareto(rows, bits, picture)
     if json:
         said = [
-            {**row.to_json(), "bits": b, "taken_over": known}
-            for row, b, known in zip(rows, bits, taken, strict=True)
+            {**row.to_json(), "bits": b, "taken_over": known} for row, b, known in zip(rows, bits, taken, strict=True)
         ]
-        print_json(
-            {"rows": said, "jsonl": str(out / "rows.jsonl"), "picture": str(picture) if drawn else None}
-        )
+        print_json({"rows": said, "jsonl": str(out / "rows.jsonl"), "picture": str(picture) if drawn else None})
         return
     console = output()
     console.print(sweep_table(rows, bits))
@@ -158,12 +155,10 @@ def draw_pareto(rows: list[Divergence], bits: list[float], path: Path) -> bool:
         axes.errorbar([bits[i] for i in at], mean, yerr=[below, above], marker="o", ms=4, capsize=3, lw=1,
                       label=f"window {window}")  # fmt: skip
     for i, row in enumerate(rows):
-        axes.annotate(
-            row.label, (bits[i], row.kld.value), textcoords="offset points", xytext=(5, 4), fontsize=8
-        )
+        axes.annotate(row.label, (bits[i], row.kld.value), textcoords="offset points", xytext=(5, 4), fontsize=8)
     front = pareto([(bits[i], row.kld.value) for i, row in enumerate(rows)])
-    axes.plot([bits[i] for i in front], [rows[i].kld.value for i in front], "o", ms=10, mfc="none", mec="black",
-              label="Pareto front")  # fmt: skip
+    ringed = ([bits[i] for i in front], [rows[i].kld.value for i in front])
+    axes.plot(*ringed, "o", ms=10, mfc="none", mec="black", label="Pareto front")
     axes.set_yscale("log")
     axes.set_xlabel("bits per value (codes, scales, all metadata)")
     axes.set_ylabel("KLD to the exact cache, nats per token")

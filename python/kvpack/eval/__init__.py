@@ -65,7 +65,7 @@ _HOME = {
     "task": "measure",
 }
 
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,8 +50,7 @@ def agreement(
     skip: int | None = None,
     progress: Progress = no_progress,
 ) -> Agreement:
-    """Compares two modes token by token; arguments and errors as `divergence`. `chunk` counts for every mode.
-    """
+    """Compares two modes token by token; arguments and errors as `divergence`. `chunk` counts for every mode."""
     spec = CacheSpec.of(cache)
     work = task(model, ids, prompt=prompt, skip=skip)
     reference = work.reference(budget=0)

@@ -69,7 +69,7 @@ def _stock_function(module: Any) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if _Active.stock == "eager":
-        return getattr(sys.modules[type(module).__module__], "eager_attention_forward")
+        return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[_Active.stock]
 
 
@@ -150,8 +150,7 @@ def _registered(model: Any, emulator: Emulator, stock: str) -> Iterator[None]:
 
 
 def check_model(model: Any) -> str:
-    """The model's attention, "sdpa" or "eager"; EmulationError if it can be neither replaced nor intercepted.
-    """
+    """The model's attention, "sdpa" or "eager"; EmulationError if it can be neither replaced nor intercepted."""
     stock = str(model.config._attn_implementation)
     if stock == "sdpa" or (stock == "eager" and model._can_set_attn_implementation()):
         return stock
@@ -176,6 +175,4 @@ def emulating(model: Any, emulator: Emulator) -> Iterator[None]:
         with _intercepted(model, emulator):
             yield
     if emulator.calls == 0:
-        raise EmulationError(
-            f"{type(model).__name__} ran without its attention coming by: it cannot be emulated"
-        )
+        raise EmulationError(f"{type(model).__name__} ran without its attention coming by: it cannot be emulated")

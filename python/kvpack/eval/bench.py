@@ -29,8 +29,7 @@ COLD_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class BenchShape:
-    """context: packed tokens, rounded up to whole pages; dtype: of torch's keys and values, and of the query.
-    """
+    """context: packed tokens, rounded up to whole pages; dtype: of torch's keys and values, and of the query."""
 
     context: int = 4096
     kv_heads: int = 8
@@ -116,9 +115,7 @@ def codec_codes(codec: str, dtype: str) -> tuple[int, int]:
     return spec.parse(key).code(known[dtype]), spec.parse(value or key).code(known[dtype])
 
 
-def _packed(
-    codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, precision: int
-) -> _Contender:
+def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, precision: int) -> _Contender:
     from kvpack import ops
 
     key, value = codec_codes(codec, shape.dtype)
@@ -231,8 +228,7 @@ def bench_attend(
 def bench_encode(
     codecs: Sequence[str], shape: BenchShape, *, rounds: int = 10, progress: Progress = no_progress
 ) -> list[BenchRow]:
-    """Encoding one layer's keys and values into pages, against torch copying them, the least a cache must do.
-    """
+    """Encoding one layer's keys and values into pages, against torch copying them, the least a cache must do."""
     from kvpack import ops
 
     sources = [_random(shape, seed) for seed in range(min(4, shape.layers))]
@@ -249,9 +245,7 @@ def bench_encode(
         own = [[aligned_page(ops.page_bytes(layout)) for _ in range(pages)] for _ in range(shape.batch)]
         table = torch.tensor([[page.data_ptr() for page in row] for row in own], dtype=torch.int64)
 
-        def encode_call(
-            i: int, table: Tensor = table, own: Any = own, layout: Any = layout
-        ) -> Callable[[], Any]:
+        def encode_call(i: int, table: Tensor = table, own: Any = own, layout: Any = layout) -> Callable[[], Any]:
             def call(own: Any = own) -> None:  # `own` keeps the pages alive
                 ops.encode_pages(table, *sources[i], 0, layout)
 

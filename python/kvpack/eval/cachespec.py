@@ -77,9 +77,7 @@ class CacheSpec:
                     f"({', '.join(sorted(missing))} missing), or pass a dict or a CacheSpec"
                 )
             return cls(factory=cache, **{name: named[name] for name in known if name in named})
-        raise ValueError(
-            f"cache={cache!r} is not a dict of Cache options, a CacheSpec, a codec name or a function"
-        )
+        raise ValueError(f"cache={cache!r} is not a dict of Cache options, a CacheSpec, a codec name or a function")
 
     def build(self, config: Any) -> Any:
         """A fresh `kvpack.Cache` (or what the factory makes) for a model with this config."""

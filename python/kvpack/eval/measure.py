@@ -94,8 +94,8 @@ def check_packed(work: Task, spec: CacheSpec, mode: str, chunk: int) -> None:
     last = max(Feed(work.prompt, chunk, work.first).calls(work.context - 1))[0]
     if packed_tokens(last, spec.window, spec.sinks) == 0:
         raise NothingPackedError(
-            f"nothing would be packed: the last call starts at position {last}, and the first tile of 64 tokens is "
-            f"packed at {spec.sinks + spec.window + 64} (sinks {spec.sinks} + window {spec.window} + 64). "
+            f"nothing would be packed: the last call starts at position {last}, and the first tile of 64 tokens "
+            f"is packed at {spec.sinks + spec.window + 64} (sinks {spec.sinks} + window {spec.window} + 64). "
             "Use longer windows of text, a smaller window, or smaller chunks"
         )
 
@@ -103,8 +103,8 @@ def check_packed(work: Task, spec: CacheSpec, mode: str, chunk: int) -> None:
 def _check_read(coded: int, spec: CacheSpec, mode: str) -> None:
     if coded == 0:
         raise NothingPackedError(
-            f"no query attended to a token that went through {spec.label} (mode {mode}, window {spec.window}): "
-            "the run measured nothing about the codec"
+            f"no query attended to a token that went through {spec.label} (mode {mode}, window "
+            f"{spec.window}): the run measured nothing about the codec"
         )
 
 

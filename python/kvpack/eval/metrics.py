@@ -94,8 +94,7 @@ def clusters(document: I64, window: I64) -> Clusters:
 
 
 def student_t(confidence: float, freedom: int) -> float:
-    """Two-sided quantile of Student's t: exact for 1 and 2 degrees of freedom, else within 0.5 % (Hill 1970).
-    """
+    """Two-sided quantile of Student's t: exact for 1 and 2 degrees of freedom, else within 0.5 % (Hill 1970)."""
     p = (1 + confidence) / 2
     if freedom == 1:
         return math.tan(math.pi * (p - 0.5))
@@ -135,9 +134,7 @@ def share_interval(same: NDArray[np.bool_], groups: Clusters, confidence: float 
     n_effective = n / effect
     z = student_t(confidence, groups.count - 1)
     middle = (p + z * z / (2 * n_effective)) / (1 + z * z / n_effective)
-    reach = (
-        z / (1 + z * z / n_effective) * math.sqrt(p * (1 - p) / n_effective + (z / (2 * n_effective)) ** 2)
-    )
+    reach = z / (1 + z * z / n_effective) * math.sqrt(p * (1 - p) / n_effective + (z / (2 * n_effective)) ** 2)
     return Interval(p, max(0.0, middle - reach), min(1.0, middle + reach))
 
 

@@ -89,9 +89,7 @@ class LoadedModel:
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {self.dtype}" + (
-            " (RANDOM WEIGHTS: figures mean nothing)" if self.random else ""
-        )
+        return f"{self.name}, {self.dtype}" + (" (RANDOM WEIGHTS: figures mean nothing)" if self.random else "")
 
 
 def cache_dir() -> Path:
@@ -212,10 +210,11 @@ class no_progress_bars:
         from transformers.utils import logging
 
         self._logging = logging
-        self._level = logging.get_verbosity()
+        self._level, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
         self._logging.set_verbosity(self._level)
-        self._logging.enable_progress_bar()
+        if self._bars:
+            self._logging.enable_progress_bar()

@@ -188,9 +188,7 @@ class Reference:
     Also keeps the stock cache after the first call of `prompt` tokens: the one-pass modes go on from there.
     """
 
-    def __init__(
-        self, model: Any, ids: tuple[Tensor, ...], prompt: int, first: int, budget: int = 2 << 30
-    ) -> None:
+    def __init__(self, model: Any, ids: tuple[Tensor, ...], prompt: int, first: int, budget: int = 2 << 30) -> None:
         self.model, self.ids = model, ids
         self.feed = Feed(prompt, BLOCK, first)
         self._left = budget

@@ -62,8 +62,7 @@ QUICK = Sizes(prompt=600, count=2, length=400, first=200, anchor=40, rounds=2, t
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote under one cache, and how many tokens agree with the stock cache's from the start.
-    """
+    """What the model wrote under one cache, and how many tokens agree with the stock cache's from the start."""
 
     label: str
     text: str
@@ -73,8 +72,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Showcase:
-    """Everything the demo shows. `anchor` and `anchored` are the same tokens in modes stepwise and emulated.
-    """
+    """Everything the demo shows. `anchor` and `anchored` are the same tokens in modes stepwise and emulated."""
 
     model: str
     random: bool
@@ -93,8 +91,7 @@ class Showcase:
 
 
 def prefers_bfloat16() -> bool:
-    """Whether this machine multiplies matrices in bfloat16 about as fast as in float32, or faster: tried out.
-    """
+    """Whether this machine multiplies matrices in bfloat16 about as fast as in float32, or faster: tried out."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)

@@ -64,9 +64,7 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 def grid(codecs: Iterable[str], windows: Iterable[int], sinks: int = 4, **options: Any) -> list[CacheSpec]:
     """Every codec ("tq4" or "tq4/tq3") with every window, in this order."""
     sizes = list(windows)
-    return [
-        CacheSpec.parse(codec, window=window, sinks=sinks, **options) for codec in codecs for window in sizes
-    ]
+    return [CacheSpec.parse(codec, window=window, sinks=sinks, **options) for codec in codecs for window in sizes]
 
 
 def sweep(

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +54,7 @@ def _topics() -> Text:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise TextUnavailableError(
-            f"this Python ships no pydoc_data.topics ({error}): name a text file"
-        ) from error
+        raise TextUnavailableError(f"this Python ships no pydoc_data.topics ({error}): name a text file") from error
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     documents = tuple(topics[key].strip("\n") + "\n\n\n" for key in sorted(topics))
     return Text(f"pydoc_data.topics of Python {version}", documents)
@@ -87,7 +86,7 @@ def load_text(name: str = DEFAULT_TEXT) -> Text:
             if path.is_file():
                 return Text(name, _articles(path.read_text(encoding="utf-8")))
         raise TextUnavailableError(
-            f"{name} is not here: put it at $KVPACK_DATA/{_CORPORA[name]}, or use {DEFAULT_TEXT!r} or a file's path"
+            f"{name} is not here: put it at $KVPACK_DATA/{_CORPORA[name]}, or use {DEFAULT_TEXT!r} or a file"
         )
     path = Path(name).expanduser()
     try:
@@ -106,7 +105,7 @@ def _articles(content: str) -> tuple[str, ...]:
     if not starts:
         return (content,)
     cuts = [0, *starts[1:], len(content)]
-    return tuple(content[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+    return tuple(content[a:b] for a, b in pairwise(cuts))
 
 
 def cut_windows(text: Text, tokenizer: Tokenizer, length: int, count: int | None = None) -> Windows:

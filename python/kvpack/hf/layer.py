@@ -247,7 +247,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         self.padding_known = True
         pads = padding.from_attention(mask, self.batch)
         if pads is not None:
-            self._late(pads)
+            self._late(pads.masked_fill(pads == self.length, 0))  # a row that sees nothing tells nothing
 
     def _late(self, pads: Tensor) -> None:
         late = int(pads.sum()) if self.pads is None else int((pads - self.pads).clamp(min=0).sum())
