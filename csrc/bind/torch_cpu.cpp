@@ -11,6 +11,7 @@
 
 #include "kvpack/attend.h"
 #include "kvpack/codec.h"
+#include "kvpack/isa.h"
 #include "kvpack/pages.h"
 
 namespace {
@@ -291,6 +292,16 @@ Tensor attend_op(const Tensor& query_in, const Tensor& table, const Tensor& coun
 }
 
 }  // namespace
+
+// Pins the ISA level of this library, which has its own copy of the core; called by kvpack.isa.use().
+extern "C" __attribute__((visibility("default"))) int kvpack_isa_use(const char* name) {
+  try {
+    isa_use(name);
+    return 0;
+  } catch (const std::invalid_argument&) {
+    return 1;
+  }
+}
 
 STABLE_TORCH_LIBRARY_IMPL(kvpack, CPU, m) {
   m.impl("encode", TORCH_BOX(&encode));

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from kvpack import _core
 
 
@@ -19,9 +22,13 @@ def active() -> str:
 
 
 def use(name: str) -> None:
-    """Pin a level for this module's NumPy codecs; for operators set ``KVPACK_ISA`` before importing.
+    """Pin a level, for NumPy codecs and operators alike.
 
     Raises:
         ValueError: the level is not available here.
     """
     _core.isa_use(name)
+    os.environ["KVPACK_ISA"] = name  # for operators that are loaded later
+    library = sys.modules.get("kvpack.ops._library")
+    if library is not None:
+        library.use_isa(name)

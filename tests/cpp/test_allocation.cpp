@@ -4,6 +4,7 @@
 #include <new>
 
 #include "attend_case.h"
+#include "kvpack/isa.h"
 
 namespace {
 std::atomic<int64_t> allocations{0};
@@ -52,6 +53,7 @@ TEST(the_counter_counts) {
 }
 
 TEST(tiles_allocate_nothing) {
+  (void)isa_active();  // detects the levels, once in the life of a process
   for (const int64_t code : inputs::codec_codes())
     for (const int32_t d : {64, 256})
       for (const Side side : {Side::key, Side::value}) {

@@ -8,6 +8,7 @@ only such kernels; it knows no schema, and so it is loaded after all of them are
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import importlib.util
 import os
@@ -41,6 +42,16 @@ def register(
     return overload
 
 
+_loaded: list[str] = []
+
+
+def use_isa(name: str) -> None:
+    """Pin the ISA level of the compiled operators, if they are loaded; ``kvpack.isa.use`` calls this."""
+    for path in _loaded:
+        if ctypes.CDLL(path).kvpack_isa_use(name.encode()) != 0:
+            raise ValueError(f"ISA level {name!r} is not available to the operators")
+
+
 def _candidates() -> list[str]:
     """Where the native library may lie; first the import system's answer, right for editable installs too."""
     found: list[str] = []
@@ -68,6 +79,7 @@ def load_native() -> bool:
         except OSError as error:
             reason = f"{path} does not load: {error}"
             continue
+        _loaded.append(path)
         return True
     warnings.warn(
         f"kvpack: the native operators are missing ({reason}). The plain PyTorch defaults run instead: their "
