@@ -22,7 +22,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python/kvpack !
 
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help demo test test-full bench lint install clean distclean
+.PHONY: help demo test test-full bench bench-prototype lint install clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +33,12 @@ demo: $(VENV)/.kvpack
 
 bench: $(VENV)/.kvpack
 	$(BIN)/kvpack bench $(BENCH_ARGS)
+
+# Beside the kernels in the folder PROTOTYPES (benchmarks/README.md).
+bench-prototype: $(VENV)/.run
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset release -DKVPACK_TESTS=OFF
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset release --target kvpack_core
+	benchmarks/prototype.sh "$(PROTOTYPES)" build/release/libkvpack_core.a $(BENCH_ARGS)
 
 test: $(VENV)/.kvpack $(VENV)/.test
 	tools/test.sh $(PYTEST_ARGS)

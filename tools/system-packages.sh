@@ -18,7 +18,7 @@ build)
   fi
   ;;
 test)
-  have qemu-aarch64 || have qemu-aarch64-static || missing="$missing qemu-user"
+  have qemu-aarch64 || missing="$missing qemu-user"
   have aarch64-linux-gnu-g++ || missing="$missing g++-aarch64-linux-gnu"
   ;;
 *)

@@ -94,7 +94,8 @@ def test_bench_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = benches.bench_attend(["tq4", "tq4/tq3"], shape, rounds=2)
     rows += benches.bench_encode(["tq4"], shape, rounds=2)
     assert [(row.what, row.codec) for row in rows] == [
-        ("attend", "torch"), ("attend", "tq4"), ("attend", "tq4/tq3"), ("encode", "torch"), ("encode", "tq4"),
+        ("attend", "torch"), ("attend", "torch, grouped"),
+        ("attend", "tq4"), ("attend", "tq4/tq3"), ("encode", "torch"), ("encode", "tq4"),
     ]  # fmt: skip
     assert all(row.ratio.median == 1.0 for row in rows if row.codec == "torch")
     assert all(math.isfinite(row.microseconds.median) and row.gigabytes_per_second > 0 for row in rows)

@@ -45,6 +45,12 @@ def llama(kv_heads: int = 2, attention: str = "sdpa") -> LlamaForCausalLM:
 
 
 @lru_cache
+def small() -> LlamaForCausalLM:
+    """One layer, for what is slow."""
+    return build(LlamaForCausalLM, LlamaConfig(**{**SHAPE, "num_hidden_layers": 1}))
+
+
+@lru_cache
 def qwen() -> Qwen3ForCausalLM:
     return build(Qwen3ForCausalLM, Qwen3Config(**SHAPE))
 

@@ -103,6 +103,18 @@ def test_query_and_mask_layouts(name: str, additive: bool) -> None:
     assert h.error(got, reference(query, key, value, attn_mask=mask, **options)) <= 1e-5
 
 
+def test_a_single_kv_head_serves_all_query_heads() -> None:
+    """Without enable_gqa, as Falcon calls it: torch repeats a single head."""
+    layer = h.packed(h.llama(1)).packed_layers[0]
+    layer.update(torch.randn(2, 1, 200, 64), torch.randn(2, 1, 200, 64))
+    layer.nothing_to_learn()
+    key, value = layer.update(torch.randn(2, 1, 1, 64), torch.randn(2, 1, 1, 64))
+    query = torch.randn(2, 4, 1, 64)
+    got = F.scaled_dot_product_attention(query, key, value)
+    assert layer.stats().fused_calls == 1
+    assert h.error(got, reference(query, key, value)) <= 1e-5
+
+
 def test_repeat_kv_stays_lazy() -> None:
     from transformers.models.llama.modeling_llama import repeat_kv
 
@@ -123,7 +135,7 @@ def test_repeat_kv_stays_lazy() -> None:
 )
 def test_what_cannot_be_fused_decodes_and_is_counted(reason: str, options: dict[str, Any]) -> None:
     key, value = handles(h.packed(h.llama()))
-    heads = 2 if reason != "query heads" else 1
+    heads = 2 if reason != "query heads" else 1  # one query head, two KV heads: torch repeats the query
     query = torch.randn(1, heads, 1, 64, requires_grad=reason == "gradients")
     torch.manual_seed(0)
     got = F.scaled_dot_product_attention(query, key, value, **options)

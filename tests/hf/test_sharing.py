@@ -100,7 +100,8 @@ def test_pages_are_freed_with_their_last_owner() -> None:
     fill(layer, 8 * 64)
     for row in layer.table.rows:
         row[:] = [Watched(page.data, page.filled) for page in row]
-    watch = [weakref.ref(page) for page in layer.table.rows[0]]
+    watch = [weakref.ref(page) for page in row]
+    del row
     fork = copy.deepcopy(layer)
     layer.reset()
     gc.collect()

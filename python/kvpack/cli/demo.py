@@ -33,7 +33,7 @@ def demo(
     text: TextOption = "topics",
     prompt: Annotated[int, typer.Option("--prompt", min=64, help="Tokens of the long prompt.")] = 4096,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="For bytes, speed and text: auto, float32, bfloat16, float16.")
+        str, typer.Option("--dtype", help="To measure speed in: auto, float32, bfloat16, float16.")
     ] = "auto",
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: shows that it runs, its figures say little.")
@@ -84,20 +84,18 @@ def _show(result: Showcase, console: Console) -> None:
     q = result.quality[0]
     warning = "  [bold red]RANDOM WEIGHTS: text and quality mean nothing[/]" if result.random else ""
     console.print(f"\n[bold]Model[/]  {escape(result.model)}{warning}")
-    console.print(
-        f"\n[bold]Text[/]   after {result.speed[0].context + 1} tokens of prompt: {escape(result.question)}\n"
-    )
+    console.print(f"\n[bold]Text[/]   after {result.held[0].context + 1} tokens of prompt: {escape(result.question)}\n")
     for item in result.written:
         same = "" if item is result.written[0] else f"  [dim](first {item.same} of {item.tokens} tokens as exact)[/]"
         console.print(f"[bold]{item.label}[/]{same}")
         shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in item.text)
         console.print(f"  {escape(shown)}\n")
     console.print(_table(result))
-    stock = result.speed[0]
+    stock = result.held[0]
     console.print(
-        f"bytes: all the cache holds, window ({q.window}) and sinks ({q.sinks}) included, at {stock.context} "
-        f"tokens in {stock.dtype}; tokens/s: decoding from there, paired rounds, {result.threads} threads, "
-        "median [10th .. 90th percentile]."
+        f"bytes: all the cache holds after {stock.context} tokens of {stock.dtype}, window ({q.window}) and sinks "
+        f"({q.sinks}) included. tokens/s: decoding from there with {result.threads} threads, paired rounds, median "
+        "[10th .. 90th percentile of the ratio]; a ratio is against DynamicCache in the same dtype."
     )
     console.print(
         f"Quality in float32, mode {q.mode}: {q.windows} windows of {q.context} tokens of {escape(q.text)}, "
@@ -117,23 +115,26 @@ def _table(result: Showcase) -> Any:
     from rich.table import Table
 
     table = Table()
-    q = result.quality[0]
-    for name in ("cache", "bytes", "smaller", "tokens/s", "against DynamicCache", "KLD", "top-1 %", "PPL"):
-        mode = f"\n({q.mode})" if name in ("KLD", "top-1 %", "PPL") else ""
-        table.add_column(name + mode, justify="left" if name == "cache" else "right", no_wrap=True)
-    stock, *packed = result.speed
-    table.add_row(*_cells(stock), "0", "100", number(q.ppl_exact), end_section=True)
-    for speed, quality in zip(packed, result.quality, strict=True):
-        table.add_row(*_cells(speed), kld(quality.kld), percent(quality.top1), number(quality.ppl))
+    quality = result.quality
+    mode = quality[0].mode
+    table.add_column("cache")
+    for name in ("bytes", "smaller", *(f"tokens/s\n{dtype}" for dtype in result.speed)):
+        table.add_column(name, justify="right")
+    for name in ("KLD", "top-1 %", "PPL"):
+        table.add_column(f"{name}\n{mode}", justify="right")
+    for i, held in enumerate(result.held):
+        cells = [held.label, size(held.cache_bytes), f"{held.compression:.2f}x"]
+        cells += [_speed(rows[i]) for rows in result.speed.values()]
+        if i == 0:
+            cells += ["0", "100", number(quality[0].ppl_exact)]
+        else:
+            cells += [kld(quality[i - 1].kld), percent(quality[i - 1].top1), number(quality[i - 1].ppl)]
+        table.add_row(*cells, end_section=i == 0)
     return table
 
 
-def _cells(speed: DecodeSpeed) -> list[str]:
-    ratio = speed.ratio
-    return [
-        speed.label,
-        size(speed.cache_bytes),
-        f"{speed.compression:.2f}x",
-        f"{speed.tokens_per_second.median:.1f}",
-        f"{ratio.median:.2f}x [{ratio.low:.2f} .. {ratio.high:.2f}]",
-    ]
+def _speed(speed: DecodeSpeed) -> str:
+    rate, ratio = speed.tokens_per_second.median, speed.ratio
+    if ratio.low == ratio.high == 1:
+        return f"{rate:.1f}"
+    return f"{rate:.1f}  {ratio.median:.2f}x\n[dim]{ratio.low:.2f} .. {ratio.high:.2f}[/]"

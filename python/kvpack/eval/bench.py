@@ -22,7 +22,7 @@ from .modes import Progress, no_progress
 from .speed import Spread
 
 TILE, PAGE_TILES, LINE = 64, 4, 64
-TORCH = "torch"
+TORCH, GROUPED = "torch", "torch, grouped"
 #: Dense bytes that the copies of one contender must reach together.
 COLD_BYTES = 128 << 20
 
@@ -150,17 +150,22 @@ def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: 
     return _Contender(codec, calls, size * pages * shape.batch)
 
 
-def _stock(shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor) -> _Contender:
+def _stock(shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, grouped: bool = False) -> _Contender:
+    """torch's attention: as transformers calls it for one query token without a mask, or `grouped`, the query
+    heads of a KV head as rows of one query, as it does with a mask. They can differ by a factor of 20.
+    """
     calls: list[Callable[[], Any]] = []
+    gqa = shape.group > 1 and not grouped
+    if grouped:
+        query = query.view(shape.batch, shape.kv_heads, shape.group, shape.head_dim)
     for _ in range(shape.layers):
         k, v = keys.clone(), values.clone()
 
         def call(k: Tensor = k, v: Tensor = v) -> Tensor:
-            # The call that transformers makes for one query token without a mask.
-            return torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=shape.group > 1)
+            return torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=gqa)
 
         calls.append(call)
-    return _Contender(TORCH, calls, shape.dense_bytes)
+    return _Contender(GROUPED if grouped else TORCH, calls, shape.dense_bytes)
 
 
 def _rounds(contenders: list[_Contender], rounds: int, tick: Callable[[int], None]) -> list[list[float]]:
@@ -211,12 +216,14 @@ def bench_attend(
     precision: int = 0,
     progress: Progress = no_progress,
 ) -> list[BenchRow]:
-    """One decode step of one layer: torch's attention first, then `attend` over each codec ("tq4",
+    """One decode step of one layer: torch's attention first, both ways, then `attend` over each codec ("tq4",
     "tq4/tq3").
     """
     keys, values = _random(shape, 0)
     query = torch.randn(shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim).to(keys.dtype)
     contenders = [_stock(shape, query, keys, values)]
+    if shape.group > 1:
+        contenders.append(_stock(shape, query, keys, values, grouped=True))
     for i, codec in enumerate(codecs):
         contenders.append(_packed(codec, shape, query, keys, values, precision))
         progress(f"pack {shape.tokens} tokens", i + 1, len(codecs))

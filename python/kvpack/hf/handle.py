@@ -258,7 +258,8 @@ def _attention(
             layer.check_mask(attn_mask, count)
             obstacle = call.obstacle(query, attn_mask, dropout_p)
             heads, kv_heads = query.shape[1], layer.layout[4]
-            groups = heads // kv_heads if enable_gqa else key.n_rep
+            broadcasts = enable_gqa or kv_heads == 1  # torch repeats a single head for all queries
+            groups = heads // kv_heads if broadcasts else key.n_rep
             if obstacle is None and not is_causal and heads == kv_heads * groups:
                 layer.count_fused(call)
                 n_rep = layer.n_rep if key.stage == _PLAIN and not enable_gqa else 1

@@ -70,6 +70,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
     def _clear(self) -> None:
         super()._clear()
         self.padding_known = False
+        self.told_rows: int | None = None  # rows of the padding mask that the user gave
         self.heard = False  # whether the mask of the pending call was seen
         self.last_count = 0
 
@@ -79,6 +80,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         self._clear()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.told_rows is not None:
+            checks.same_rows(self.told_rows, key_states.shape[0])
         self.begin(key_states, value_states)
         if self.query_heads is not None:
             self.n_rep = self.query_heads // key_states.shape[1]
@@ -203,7 +206,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
                 self._late(pads)
             return
         self._learn(pads if bool(pads.any()) else None)
-        self.padding_known = True
+        self.padding_known, self.told_rows = True, pads.shape[0]
         if self.pending is not None:
             self._place_if_ready()
 

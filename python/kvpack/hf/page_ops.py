@@ -24,7 +24,9 @@ from kvpack.ops import _library
 class Writer(Protocol):
     """What packs for one layer."""
 
-    def write_tiles(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor) -> None: ...
+    def write_tiles(
+        self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: list[int]
+    ) -> None: ...
 
 
 _NUMBERS = itertools.count(1)
@@ -38,15 +40,19 @@ def enrol(writer: Writer) -> Tensor:
     return torch.tensor([number])
 
 
-def _write_fake(addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, writer: Tensor) -> None:
+def _write_fake(
+    addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, writer: Tensor, layout: Sequence[int]
+) -> None:
     return None
 
 
-def _write(addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, writer: Tensor) -> None:
+def _write(
+    addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, writer: Tensor, layout: Sequence[int]
+) -> None:
     found = _WRITERS.get(int(writer))
     if found is None:
         raise RuntimeError(f"the cache layer with number {int(writer)} no longer exists")
-    found.write_tiles(addresses, used, keys, values)
+    found.write_tiles(addresses, used, keys, values, list(layout))
 
 
 def _decode_fake(
@@ -119,7 +125,8 @@ def _attend(
 
 
 write_tiles = _library.register(
-    "write_tiles(Tensor(a!) addresses, Tensor(b!) used, Tensor keys, Tensor values, Tensor writer) -> ()",
+    "write_tiles(Tensor(a!) addresses, Tensor(b!) used, Tensor keys, Tensor values, Tensor writer, "
+    "int[] layout) -> ()",
     _write_fake,
     _write,
 )

@@ -68,34 +68,44 @@ class PageTable:
         self._cut: dict[int, int] = {}  # tokens of the tiles that a crop cut
         self._first: Tensor | None = None  # the last answer of `first`
 
-    def start(self, layout: Sequence[int], batch: int, device: torch.device) -> None:
-        """Forget everything and begin an empty table for `batch` rows of this layout."""
-        self.layout = list(layout)
-        self.rows = [[] for _ in range(batch)]
-        self.tiles = self.tokens = 0
-        self._cut = {}
-        self._first = None
+    def start(self, layout: Sequence[int], batch: int, tokens: int, device: torch.device) -> None:
+        """Begin an empty table for `batch` rows of this layout; `tokens` are about to come.
+
+        In a graph this only makes the tensors, with room for all of these tokens: pages are made, and numbers
+        kept, by `write`, which runs before the graph's other effects on this object.
+        """
+        pages = _FIRST_PAGES
+        if torch.compiler.is_compiling():
+            pages += tokens // (TILE * PAGE_TILES)
+        else:
+            self.layout = list(layout)
+            self.rows = [[] for _ in range(batch)]
+            self._first = None
         with normal_mode():
-            self.addresses = torch.zeros((batch, _FIRST_PAGES), dtype=torch.int64, device=device)
-            self.counts = torch.full((_FIRST_PAGES * PAGE_TILES,), TILE, dtype=torch.int32, device=device)
+            self.addresses = torch.zeros((batch, pages), dtype=torch.int64, device=device)
+            self.counts = torch.full((pages * PAGE_TILES,), TILE, dtype=torch.int32, device=device)
             self.used = torch.zeros(1, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
         """Let go of all pages and buffers."""
-        self.rows, self.addresses, self.counts, self.used = [], None, None, None
-        self._first = None
+        self.layout, self.rows = [], []
+        self.addresses = self.counts = self.used = self._first = None
         self.tiles = self.tokens = 0
         self._cut = {}
 
-    def write(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(
+        self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: Sequence[int]
+    ) -> None:
         """Encode whole tiles as the next ones, allocating pages and copying shared ones.
 
-        addresses, used: those of the table, or under torch.compile the tensors that stand for them.
+        addresses, used: those of the table, or in a graph the tensors that stand for them.
         keys, values: [B, kv_heads, 64 * n, head size].
 
         After an error the table holds what it held before.
         """
-        assert self.used is not None
+        if not self.rows:
+            self.rows = [[] for _ in range(keys.shape[0])]
+            self.layout = list(layout)
         first_page, slot = divmod(self.tiles, PAGE_TILES)
         tiles = keys.shape[2] // TILE
         end = self.tiles + tiles
@@ -112,7 +122,7 @@ class PageTable:
             for p in range(first_page, last_page):  # at once: the next row may hold the same page
                 row[p].filled = min(PAGE_TILES, end - p * PAGE_TILES)
             numbers.append([page.data.data_ptr() for page in row[first_page:last_page]])
-        own = self._with_room(last_page)
+        own = addresses if self.addresses is None else self._with_room(last_page)
         for table in (own, addresses):  # the same; a graph's may be the older, smaller one
             fits = min(last_page, table.shape[1])
             new = [row[: fits - first_page] for row in numbers]
@@ -125,8 +135,9 @@ class PageTable:
             raise
         self.tiles = end
         self.tokens += tiles * TILE
-        self.used.fill_(end)
-        used.fill_(end)
+        for number in (used, self.used):
+            if number is not None:
+                number.fill_(end)
 
     def _with_room(self, pages: int) -> Tensor:
         """The addresses, with room for `pages` pages; grown, they and the counts are new tensors."""

@@ -86,9 +86,7 @@ class Store:
         self.dtype, self.device = keys.dtype, keys.device
         self.batch, heads = keys.shape[:2]
         self.expected = (self.batch, heads, keys.shape[3], values.shape[3], self.dtype)
-        if self.pads is not None:
-            checks.same_rows(self.pads.shape[0], self.batch)
-        self.table.start(self.layout, self.batch, self.device)
+        self.table.start(self.layout, self.batch, keys.shape[2], self.device)
         self.is_initialized = True
 
     # Appending.
@@ -197,45 +195,47 @@ class Store:
         assert addresses is not None
         assert used is not None
         if torch.compiler.is_compiling():
-            page_ops.write_tiles(addresses, used, keys, values, self.writer)
+            page_ops.write_tiles(addresses, used, keys, values, self.writer, self.layout)
         else:
-            self.write_tiles(addresses, used, keys, values)
+            self.write_tiles(addresses, used, keys, values, self.layout)
         self.fresh = tiles
         rest = (exact[KEY][:, :, stop:count], exact[VALUE][:, :, stop:count])
         self.window = self._buffers(rest, self.window_size + TILE)
         return count - stop
 
-    def write_tiles(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write_tiles(
+        self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: list[int]
+    ) -> None:
         """Encode tiles into pages; called eagerly, or by `kvpack::write_tiles` from a compiled graph.
+
+        In a graph, what the same call sets on this object (sinks, layout, ...) may not have arrived yet.
 
         ValueError, naming layer, side and position, for values that are not finite or whose scale overflows.
         """
         sides = [keys.float(), values.float()] if keys.dtype == torch.float64 else [keys, values]
         if checks.replace_nonfinite():
-            for side, spec in enumerate(self.specs):
-                if spec.name == "exact":
-                    continue
-                bad = int((~torch.isfinite(sides[side])).sum())
+            for side, tokens in enumerate(sides):
+                bad = int((~torch.isfinite(tokens)).sum())
                 if bad:
                     self.counters.nonfinite_replaced += bad
-                    sides[side] = torch.nan_to_num(sides[side], nan=0.0, posinf=0.0, neginf=0.0)
+                    sides[side] = torch.nan_to_num(tokens, nan=0.0, posinf=0.0, neginf=0.0)
         try:
-            self.table.write(addresses, used, sides[KEY], sides[VALUE])
+            self.table.write(addresses, used, sides[KEY], sides[VALUE], layout)
         except (ValueError, RuntimeError) as error:
             raise ValueError(self._explain(error, sides)) from error
 
     def _explain(self, error: Exception, sides: list[Tensor]) -> str:
-        for side, spec in enumerate(self.specs):
-            found = None if spec.name == "exact" else checks.first_nonfinite(sides[side])
+        for side, tokens in enumerate(sides):
+            found = checks.first_nonfinite(tokens)
             if found is not None:
                 row, head, token, value = found
                 index = self.table.tokens + token
-                places = padding.stream_positions(self.rows, self.sinks_wanted, index, 1, self.device)
+                places = padding.stream_positions(self.rows, self.sinks_wanted, index, 1, tokens.device)
                 position = int(places[row if places.shape[0] > 1 else 0, 0])
                 return (
                     f"layer {self.index}: the {checks.SIDES[side]} of position {position} (row {row}, KV "
-                    f"head {head}) holds {value}, which codec {spec} cannot pack; set KVPACK_NONFINITE=zero "
-                    "to replace such values by 0 and count them in cache.stats()"
+                    f"head {head}) holds {value}; allowed are finite values. KVPACK_NONFINITE=zero replaces "
+                    "others by 0 and counts them in cache.stats()"
                 )
         return f"layer {self.index}: {error}"
 
