@@ -62,10 +62,12 @@ int main(int argc, char** argv) {
   std::vector<float> query(kHeads * kGroup * kDim), out(query.size());
   for (size_t i = 0; i < query.size(); ++i) query[i] = static_cast<float>(i * 37 % 101) / 500.0F - 0.1F;
   std::vector<Contender> all;
-  const auto prototype = [&](const char* name, void (*run)(const uint8_t*, int, const float*, float*), int64_t tile_bytes) {
+  const auto prototype = [&](const char* name, void (*run)(const uint8_t*, int, const float*, float*),
+                             int64_t tile_bytes) {
     all.push_back({name, "", static_cast<size_t>(tile_bytes * tiles * kHeads), [=, &query, &out](uint8_t* at) {
                      for (int64_t h = 0; h < kHeads; ++h)
-                       run(at + h * tiles * tile_bytes, static_cast<int>(tiles), &query[static_cast<size_t>(h * kGroup * kDim)],
+                       run(at + h * tiles * tile_bytes, static_cast<int>(tiles),
+                           &query[static_cast<size_t>(h * kGroup * kDim)],
                            &out[static_cast<size_t>(h * kGroup * kDim)]);
                    }});
   };
@@ -83,7 +85,8 @@ int main(int argc, char** argv) {
                      p.tiles = static_cast<int64_t>(counts.size());
                      p.key_codec = p.value_codec = codec;
                      p.query = {reinterpret_cast<const uint8_t*>(query.data()), 0, kDim * 4, kDim * 4};
-                     p.table = table.data(), p.table_stride = static_cast<int64_t>(table.size()), p.counts = counts.data();
+                     p.table = table.data(), p.table_stride = static_cast<int64_t>(table.size()),
+                     p.counts = counts.data();
                      p.scale = 0.088388348F;
                      p.out = reinterpret_cast<uint8_t*>(out.data());
                      workspace.resize(kvpack::attend_workspace(p));
@@ -115,12 +118,14 @@ int main(int argc, char** argv) {
   std::printf("ISA %s, %lld tokens, one core\n%-16s %10s %8s %14s %12s\n", kvpack::isa_active().c_str(),
               static_cast<long long>(tokens), "", "ns/token", "GB/s", "x prototype", "x exact f16");
   const auto by_name = [&](const std::string& name) {
-    return std::find_if(all.begin(), all.end(), [&](const Contender& c) { return c.name == name && !c.seconds.empty(); });
+    return std::find_if(all.begin(), all.end(),
+                        [&](const Contender& c) { return c.name == name && !c.seconds.empty(); });
   };
   for (const Contender& c : all) {
     if (c.seconds.empty()) continue;
     const double t = median(c.seconds);
-    std::printf("%-16s %10.2f %8.1f", c.name.c_str(), t * 1e9 / static_cast<double>(tokens * kHeads), static_cast<double>(c.bytes) / t / 1e9);
+    std::printf("%-16s %10.2f %8.1f", c.name.c_str(), t * 1e9 / static_cast<double>(tokens * kHeads),
+                static_cast<double>(c.bytes) / t / 1e9);
     for (const std::string& baseline : {c.baseline, std::string("exact f16")}) {
       std::vector<double> ratio;
       if (const auto base = by_name(baseline); base != all.end())

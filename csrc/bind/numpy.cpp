@@ -20,25 +20,31 @@ using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 constexpr ssize_t tiles_of(ssize_t tokens) { return (tokens + kTile - 1) / kTile; }
 
 Side side_of(int64_t side) {
-  if (side != 0 && side != 1) throw std::invalid_argument("side is " + std::to_string(side) + "; allowed: 0 (key), 1 (value)");
+  if (side != 0 && side != 1)
+    throw std::invalid_argument("side is " + std::to_string(side) + "; allowed: 0 (key), 1 (value)");
   return static_cast<Side>(side);
 }
 
 PageLayout layout_from(const std::vector<int64_t>& v) {
   if (v.size() != 5)
-    throw std::invalid_argument("layout has " + std::to_string(v.size()) + " entries; it is [key_codec, key_dim, value_codec, value_dim, kv_heads]");
+    throw std::invalid_argument("layout has " + std::to_string(v.size()) +
+                                " entries; it is [key_codec, key_dim, value_codec, value_dim, kv_heads]");
   return {v[0], v[1], v[2], v[3], v[4]};
 }
 
 Bytes encode(const py::array& array, int64_t codec, int64_t side) {
-  if (array.ndim() != 3) throw std::invalid_argument("encode: x has " + std::to_string(array.ndim()) + " dimensions; it is [n, tokens, head_dim]");
+  if (array.ndim() != 3)
+    throw std::invalid_argument("encode: x has " + std::to_string(array.ndim()) +
+                                " dimensions; it is [n, tokens, head_dim]");
   const ssize_t n = array.shape(0), tokens = array.shape(1), d = array.shape(2);
   const SideLayout layout = layout_of(codec, d, side_of(side));
   // `exact` takes the elements as they are: float32, or uint16 that holds float16 or bfloat16 bits.
   const CodecCode code = CodecCode::unpack(codec);
   const bool elements = layout.bits == 0 && code.dtype != Dtype::f32;
-  if (elements && array.itemsize() != 2) throw std::invalid_argument("encode: exact in 16 bits takes 2-byte elements (float16, or bfloat16 as uint16)");
-  const py::array x = elements ? py::array::ensure(array, py::array::c_style) : static_cast<py::array>(Floats::ensure(array));
+  if (elements && array.itemsize() != 2)
+    throw std::invalid_argument("encode: exact in 16 bits takes 2-byte elements (float16, or bfloat16 as uint16)");
+  const py::array x =
+      elements ? py::array::ensure(array, py::array::c_style) : static_cast<py::array>(Floats::ensure(array));
   if (!x) throw std::invalid_argument("encode: x cannot be read as a float32 array");
   const Dtype dtype = elements ? code.dtype : Dtype::f32;
   const ptrdiff_t row = d * dtype_bytes(dtype);
@@ -57,9 +63,10 @@ Bytes encode(const py::array& array, int64_t codec, int64_t side) {
 
 py::array_t<float> decode(const Bytes& packed, int64_t codec, int64_t side, int64_t tokens, int64_t head_dim) {
   const SideLayout layout = layout_of(codec, head_dim, side_of(side));
-  if (packed.ndim() != 3 || packed.shape(2) != static_cast<ssize_t>(layout.bytes()) || tokens < 0 || packed.shape(1) != tiles_of(tokens))
-    throw std::invalid_argument("decode: packed is [n, " + std::to_string(tiles_of(tokens)) + ", " + std::to_string(layout.bytes()) +
-                                "] for " + std::to_string(tokens) + " tokens");
+  if (packed.ndim() != 3 || packed.shape(2) != static_cast<ssize_t>(layout.bytes()) || tokens < 0 ||
+      packed.shape(1) != tiles_of(tokens))
+    throw std::invalid_argument("decode: packed is [n, " + std::to_string(tiles_of(tokens)) + ", " +
+                                std::to_string(layout.bytes()) + "] for " + std::to_string(tokens) + " tokens");
   const ssize_t n = packed.shape(0), d = head_dim;
   py::array_t<float> out({n, static_cast<ssize_t>(tokens), d});
   const uint8_t* from = packed.data();
@@ -68,14 +75,15 @@ py::array_t<float> decode(const Bytes& packed, int64_t codec, int64_t side, int6
   for (ssize_t i = 0; i < n; ++i)
     for (ssize_t t = 0; t < tokens; t += kTile, from += layout.bytes()) {
       const auto count = static_cast<int32_t>(tokens - t < kTile ? tokens - t : kTile);
-      decode_tile({from + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(from)}, codec, static_cast<int32_t>(d),
-                  layout.side, count, to + (i * tokens + t) * d * 4, Dtype::f32, d * 4);
+      decode_tile({from + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(from)}, codec,
+                  static_cast<int32_t>(d), layout.side, count, to + (i * tokens + t) * d * 4, Dtype::f32, d * 4);
     }
   return out;
 }
 
 py::array_t<float> rotate(const Floats& x, bool inverse) {
-  if (x.ndim() != 2) throw std::invalid_argument("rotate: x has " + std::to_string(x.ndim()) + " dimensions; it is [n, head_dim]");
+  if (x.ndim() != 2)
+    throw std::invalid_argument("rotate: x has " + std::to_string(x.ndim()) + " dimensions; it is [n, head_dim]");
   py::array_t<float> out({x.shape(0), x.shape(1)});
   std::copy(x.data(), x.data() + x.size(), out.mutable_data());
   rotate_rows(out.mutable_data(), x.shape(0), x.shape(1), inverse);
@@ -117,12 +125,18 @@ PYBIND11_MODULE(_core, m) {
   m.attr("PAGE_TILES") = kPageTiles;
   m.def("registry", &registry);
   m.def("build_info", &build_info);
-  m.def("side_bytes", [](int64_t codec, int64_t d, int64_t side) { return layout_of(codec, d, side_of(side)).bytes(); },
-        py::arg("codec"), py::arg("head_dim"), py::arg("side"));
-  m.def("record_bytes", [](const std::vector<int64_t>& layout) { return layout_from(layout).record().bytes(); }, py::arg("layout"));
-  m.def("page_bytes", [](const std::vector<int64_t>& layout) { return layout_from(layout).page_bytes(); }, py::arg("layout"));
+  m.def(
+      "side_bytes", [](int64_t codec, int64_t d, int64_t side) { return layout_of(codec, d, side_of(side)).bytes(); },
+      py::arg("codec"), py::arg("head_dim"), py::arg("side"));
+  m.def(
+      "record_bytes", [](const std::vector<int64_t>& layout) { return layout_from(layout).record().bytes(); },
+      py::arg("layout"));
+  m.def(
+      "page_bytes", [](const std::vector<int64_t>& layout) { return layout_from(layout).page_bytes(); },
+      py::arg("layout"));
   m.def("encode", &encode, py::arg("x"), py::arg("codec"), py::arg("side"));
-  m.def("decode", &decode, py::arg("packed"), py::arg("codec"), py::arg("side"), py::arg("tokens"), py::arg("head_dim"));
+  m.def("decode", &decode, py::arg("packed"), py::arg("codec"), py::arg("side"), py::arg("tokens"),
+        py::arg("head_dim"));
   m.def("rotate", &rotate, py::arg("x"), py::arg("inverse") = false);
   m.def("isa_available", &isa_available);
   m.def("isa_active", &isa_active);

@@ -50,13 +50,16 @@ Side side_of(int64_t side) {
 }
 
 PageLayout layout_from(const std::vector<int64_t>& v) {
-  if (v.size() != 5) fail("layout has " + std::to_string(v.size()) + " entries; it is [key_codec, key_dim, value_codec, value_dim, kv_heads]");
+  if (v.size() != 5)
+    fail("layout has " + std::to_string(v.size()) +
+         " entries; it is [key_codec, key_dim, value_codec, value_dim, kv_heads]");
   return {v[0], v[1], v[2], v[3], v[4]};
 }
 
 template <class T>
 const T* typed(const Tensor& t, ScalarType type, const char* what) {
-  if (t.scalar_type() != type || !t.is_contiguous()) fail(std::string(what) + " " + shape_of(t) + " must be contiguous and of its documented dtype");
+  if (t.scalar_type() != type || !t.is_contiguous())
+    fail(std::string(what) + " " + shape_of(t) + " must be contiguous and of its documented dtype");
   return static_cast<const T*>(t.data_ptr());
 }
 
@@ -73,7 +76,8 @@ void expect(const Tensor& t, const std::vector<int64_t>& shape, ScalarType type,
   for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || t.size(static_cast<int64_t>(i)) == shape[i];
   if (same) return;
   std::string wanted;
-  for (const int64_t n : shape) wanted += (wanted.empty() ? "" : ", ") + (n < 0 ? std::string("any") : std::to_string(n));
+  for (const int64_t n : shape)
+    wanted += (wanted.empty() ? "" : ", ") + (n < 0 ? std::string("any") : std::to_string(n));
   fail(std::string(what) + " is " + shape_of(t) + "; expected [" + wanted + "] and the dtype of the other arguments");
 }
 
@@ -113,10 +117,10 @@ Tensor decode(const Tensor& packed_in, int64_t codec, int64_t side, int64_t toke
   const SideLayout layout = layout_of(codec, head_dim, side_of(side));
   const Dtype dtype = dtype_of(type, "decode");
   const int64_t tiles = (tokens + kTile - 1) / kTile, dims = packed_in.dim();
-  if (tokens < 0 || packed_in.scalar_type() != ScalarType::Byte || dims < 2 || packed_in.size(dims - 1) != static_cast<int64_t>(layout.bytes()) ||
-      packed_in.size(dims - 2) != tiles)
-    fail("decode: packed is " + shape_of(packed_in) + "; expected uint8 [..., " + std::to_string(tiles) + ", " + std::to_string(layout.bytes()) +
-         "] for " + std::to_string(tokens) + " tokens");
+  if (tokens < 0 || packed_in.scalar_type() != ScalarType::Byte || dims < 2 ||
+      packed_in.size(dims - 1) != static_cast<int64_t>(layout.bytes()) || packed_in.size(dims - 2) != tiles)
+    fail("decode: packed is " + shape_of(packed_in) + "; expected uint8 [..., " + std::to_string(tiles) + ", " +
+         std::to_string(layout.bytes()) + "] for " + std::to_string(tokens) + " tokens");
   const Tensor packed = torch::stable::contiguous(packed_in);
   std::vector<int64_t> shape;
   int64_t n = 1;
@@ -133,8 +137,8 @@ Tensor decode(const Tensor& packed_in, int64_t codec, int64_t side, int64_t toke
   for (int64_t i = 0; i < n; ++i)
     for (int64_t t = 0; t < tokens; t += kTile, from += layout.bytes()) {
       const auto count = static_cast<int32_t>(tokens - t < kTile ? tokens - t : kTile);
-      decode_tile({from + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(from)}, codec, static_cast<int32_t>(head_dim),
-                  layout.side, count, to + (i * tokens + t) * row, dtype, row);
+      decode_tile({from + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(from)}, codec,
+                  static_cast<int32_t>(head_dim), layout.side, count, to + (i * tokens + t) * row, dtype, row);
     }
   return out;
 }
@@ -159,21 +163,27 @@ Tensor rotate(const Tensor& x_in, bool inverse) {
 }
 
 // The table is declared mutated: it stands for the pages it points at.
-void encode_pages_op(Tensor table, const Tensor& keys_in, const Tensor& values_in, int64_t first_tile, std::vector<int64_t> layout_list) {
+void encode_pages_op(Tensor table, const Tensor& keys_in, const Tensor& values_in, int64_t first_tile,
+                     std::vector<int64_t> layout_list) {
   const PageLayout layout = layout_from(layout_list);
   const PageTable pages = table_of(table);
-  if (keys_in.dim() != 4 || values_in.dim() != 4) fail("encode_pages: keys and values are [batch, kv_heads, tokens, head_dim]");
+  if (keys_in.dim() != 4 || values_in.dim() != 4)
+    fail("encode_pages: keys and values are [batch, kv_heads, tokens, head_dim]");
   const Dtype dtype = dtype_of(keys_in.scalar_type(), "encode_pages");
   const int64_t tokens = keys_in.size(2);
   expect(keys_in, {pages.batch, layout.kv_heads, tokens, layout.key_dim}, keys_in.scalar_type(), "encode_pages: keys");
-  expect(values_in, {pages.batch, layout.kv_heads, tokens, layout.value_dim}, keys_in.scalar_type(), "encode_pages: values");
+  expect(values_in, {pages.batch, layout.kv_heads, tokens, layout.value_dim}, keys_in.scalar_type(),
+         "encode_pages: values");
   if (first_tile < 0 || tokens % kTile != 0)
-    fail("encode_pages: " + std::to_string(tokens) + " tokens from tile " + std::to_string(first_tile) + "; whole tiles of 64 only");
+    fail("encode_pages: " + std::to_string(tokens) + " tokens from tile " + std::to_string(first_tile) +
+         "; whole tiles of 64 only");
   const Tensor keys = rows_tensor(keys_in), values = rows_tensor(values_in);
-  encode_pages(pages, layout, strided(keys, dtype), strided(values, dtype), dtype, first_tile, tokens / kTile, torch_for);
+  encode_pages(pages, layout, strided(keys, dtype), strided(values, dtype), dtype, first_tile, tokens / kTile,
+               torch_for);
 }
 
-Tensor decode_pages_op(const Tensor& table, const Tensor& counts, int64_t side, std::vector<int64_t> layout_list, ScalarType type) {
+Tensor decode_pages_op(const Tensor& table, const Tensor& counts, int64_t side, std::vector<int64_t> layout_list,
+                       ScalarType type) {
   const PageLayout layout = layout_from(layout_list);
   const PageTable pages = table_of(table);
   const Dtype dtype = dtype_of(type, "decode_pages");
@@ -182,8 +192,10 @@ Tensor decode_pages_op(const Tensor& table, const Tensor& counts, int64_t side, 
   int64_t tokens = 0;
   for (int64_t t = 0; t < tiles; ++t) tokens += count[t] > 0 ? count[t] : 0;
   Tensor out = torch::stable::new_empty(
-      table, {pages.batch, layout.kv_heads, tokens, side_of(side) == Side::key ? layout.key_dim : layout.value_dim}, type);
-  decode_pages(pages, layout, side_of(side), count, tiles, dtype, static_cast<uint8_t*>(out.mutable_data_ptr()), torch_for);
+      table, {pages.batch, layout.kv_heads, tokens, side_of(side) == Side::key ? layout.key_dim : layout.value_dim},
+      type);
+  decode_pages(pages, layout, side_of(side), count, tiles, dtype, static_cast<uint8_t*>(out.mutable_data_ptr()),
+               torch_for);
   return out;
 }
 
@@ -198,8 +210,8 @@ Mask mask_of(const std::optional<Tensor>& mask, const AttendParams& p) {
   bool fits = t.dim() == 4 && t.size(3) == want[3];
   for (int i = 0; fits && i < 3; ++i) fits = t.size(i) == 1 || t.size(i) == want[i];
   if (!fits)
-    fail("attend: mask is " + shape_of(t) + "; expected [" + std::to_string(want[0]) + " or 1, " + std::to_string(want[1]) + " or 1, " +
-         std::to_string(want[2]) + " or 1, " + std::to_string(want[3]) + "]");
+    fail("attend: mask is " + shape_of(t) + "; expected [" + std::to_string(want[0]) + " or 1, " +
+         std::to_string(want[1]) + " or 1, " + std::to_string(want[2]) + " or 1, " + std::to_string(want[3]) + "]");
   m.kind = boolean ? Mask::Kind::boolean : Mask::Kind::additive;
   m.dtype = boolean ? Dtype::f32 : dtype_of(t.scalar_type(), "attend: mask");
   m.data = static_cast<const uint8_t*>(t.data_ptr());
@@ -216,10 +228,13 @@ Mask mask_of(const std::optional<Tensor>& mask, const AttendParams& p) {
 struct Exact {
   std::optional<Tensor> keys, values;
   int64_t tokens = 0;
-  Exact(const std::optional<Tensor>& k, const std::optional<Tensor>& v, int64_t batch, const PageLayout& layout, ScalarType type, const char* what) {
+  Exact(const std::optional<Tensor>& k, const std::optional<Tensor>& v, int64_t batch, const PageLayout& layout,
+        ScalarType type, const char* what) {
     if (k.has_value() != v.has_value()) fail(std::string("attend: ") + what + " need both keys and values");
     if (!k.has_value()) return;
-    if (k->dim() != 4) fail(std::string("attend: ") + what + " keys are " + shape_of(*k) + "; expected [batch, kv_heads, tokens, head_dim]");
+    if (k->dim() != 4)
+      fail(std::string("attend: ") + what + " keys are " + shape_of(*k) +
+           "; expected [batch, kv_heads, tokens, head_dim]");
     tokens = k->size(2);
     expect(*k, {batch, layout.kv_heads, tokens, layout.key_dim}, type, what);
     expect(*v, {batch, layout.kv_heads, tokens, layout.value_dim}, type, what);
@@ -228,17 +243,20 @@ struct Exact {
   }
 };
 
-Tensor attend_op(const Tensor& query_in, const Tensor& table, const Tensor& counts, const std::optional<Tensor>& sink_keys,
-                 const std::optional<Tensor>& sink_values, const std::optional<Tensor>& keys, const std::optional<Tensor>& values,
-                 const std::optional<Tensor>& rows, const std::optional<Tensor>& mask, const std::optional<Tensor>& sink_logits,
-                 std::vector<int64_t> layout_list, double scale, double softcap, bool causal, int64_t precision) {
+Tensor attend_op(const Tensor& query_in, const Tensor& table, const Tensor& counts,
+                 const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
+                 const std::optional<Tensor>& keys, const std::optional<Tensor>& values,
+                 const std::optional<Tensor>& rows, const std::optional<Tensor>& mask,
+                 const std::optional<Tensor>& sink_logits, std::vector<int64_t> layout_list, double scale,
+                 double softcap, bool causal, int64_t precision) {
   const PageLayout layout = layout_from(layout_list);
   const PageTable pages = table_of(table);
   const ScalarType type = query_in.scalar_type();
   if (query_in.dim() != 4 || query_in.size(3) != layout.key_dim || query_in.size(0) != pages.batch)
-    fail("attend: query is " + shape_of(query_in) + "; expected [" + std::to_string(pages.batch) + ", query_heads, tokens, " +
-         std::to_string(layout.key_dim) + "]");
-  if (precision != 0 && precision != 1) fail("attend: precision is " + std::to_string(precision) + "; allowed: 0 (default), 1 (high)");
+    fail("attend: query is " + shape_of(query_in) + "; expected [" + std::to_string(pages.batch) +
+         ", query_heads, tokens, " + std::to_string(layout.key_dim) + "]");
+  if (precision != 0 && precision != 1)
+    fail("attend: precision is " + std::to_string(precision) + "; allowed: 0 (default), 1 (high)");
   if (softcap < 0) fail("attend: softcap is negative; allowed: 0 (off) or positive");
   const Tensor query = rows_tensor(query_in);
   AttendParams p{};
@@ -256,7 +274,8 @@ Tensor attend_op(const Tensor& query_in, const Tensor& table, const Tensor& coun
   p.counts = typed<int32_t>(counts, ScalarType::Int, "counts");
   p.tiles = counts.numel();
   if (p.tiles > pages.stride * kPageTiles)
-    fail("attend: " + std::to_string(p.tiles) + " tiles do not fit in " + std::to_string(pages.stride) + " pages a row");
+    fail("attend: " + std::to_string(p.tiles) + " tiles do not fit in " + std::to_string(pages.stride) +
+         " pages a row");
   p.table = pages.addresses;
   p.table_stride = pages.stride;
   p.query = strided(query, p.dtype);

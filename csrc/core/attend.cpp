@@ -33,7 +33,7 @@ struct Plan {
   CodecInfo key, value;
   int64_t group, rows, block_rows, row_blocks, chunks, chunk_tiles;
   int64_t packed = 0;  // tokens in tiles
-  int32_t out_width;  // floats per row of output: coded part, then plain part where the value codec is rotated
+  int32_t out_width;   // floats per row of output: coded part, then plain part where the value codec is rotated
   size_t query_bytes, level_bytes, state_bytes, out_bytes;
 
   explicit Plan(const AttendParams& params)
@@ -63,7 +63,9 @@ struct Plan {
   int64_t items() const { return blocks() * chunks; }
   size_t block_bytes() const { return query_bytes + level_bytes; }
   size_t item_bytes() const { return state_bytes + out_bytes; }
-  size_t bytes() const { return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(items()) * item_bytes(); }
+  size_t bytes() const {
+    return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(items()) * item_bytes();
+  }
 };
 
 // The queries of one block of rows, shared by its items.
@@ -82,7 +84,8 @@ struct Part {
   SoftmaxRow* state;
   float* out;
   Part(const Plan& plan, uint8_t* workspace, int64_t item) {
-    uint8_t* at = workspace + static_cast<size_t>(plan.blocks()) * plan.block_bytes() + static_cast<size_t>(item) * plan.item_bytes();
+    uint8_t* at = workspace + static_cast<size_t>(plan.blocks()) * plan.block_bytes() +
+                  static_cast<size_t>(item) * plan.item_bytes();
     state = reinterpret_cast<SoftmaxRow*>(at);
     out = reinterpret_cast<float*>(at + plan.state_bytes);
   }
@@ -111,7 +114,8 @@ struct Block {
     const auto d = static_cast<int32_t>(p.key_dim);
     for (int64_t r = 0; r < n_rows; ++r) {
       float* row = q.query + r * d;
-      load_row(p.query.data + batch * p.query.batch + query_head(r) * p.query.head + query_token(r) * p.query.token, p.dtype, d, row);
+      load_row(p.query.data + batch * p.query.batch + query_head(r) * p.query.head + query_token(r) * p.query.token,
+               p.dtype, d, row);
       for (int32_t i = 0; i < d; ++i) row[i] *= p.scale * kLog2e;
       if (plan.key.bits == 0 || p.tiles == 0) continue;
       alignas(64) float rotated[kMaxHeadDim];
@@ -133,12 +137,17 @@ struct Item : Block {
   MaskRows mask;
 
   Item(const Plan& pl, const KernelTable& table, uint8_t* workspace, int64_t index)
-      : Block(pl, table, workspace, index / pl.chunks), s(pl, workspace, index), chunk(index % pl.chunks),
-        key_code(CodecCode::unpack(p.key_codec)), value_code(CodecCode::unpack(p.value_codec)), mask(pl.p, pl.packed) {}
+      : Block(pl, table, workspace, index / pl.chunks),
+        s(pl, workspace, index),
+        chunk(index % pl.chunks),
+        key_code(CodecCode::unpack(p.key_codec)),
+        value_code(CodecCode::unpack(p.value_codec)),
+        mask(pl.p, pl.packed) {}
 
   const uint8_t* tile(int64_t t) const {
     const auto page = static_cast<uintptr_t>(p.table[batch * p.table_stride + t / kPageTiles]);
-    return reinterpret_cast<const uint8_t*>(page) + static_cast<size_t>(head * kPageTiles + t % kPageTiles) * plan.record.bytes();
+    return reinterpret_cast<const uint8_t*>(page) +
+           static_cast<size_t>(head * kPageTiles + t % kPageTiles) * plan.record.bytes();
   }
 
   // After score: soft cap, mask, one step of softmax. `tokens` scores are real, the rest of the 64 is not.
@@ -167,7 +176,8 @@ struct Item : Block {
         const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
         // The first group of rows brings the tile from memory, the others find it in the cache.
         const uint8_t* ahead = row == 0 ? coming : record;
-        const ScoreArgs score{q.levels + row, q.query + row * dk, key, ahead + plan.record.key_codes(), scores, dk, levels};
+        const ScoreArgs score{q.levels + row, q.query + row * dk, key, ahead + plan.record.key_codes(), scores, dk,
+                              levels};
         if (plan.key.bits == 0)
           k.exact_score[static_cast<int>(key_code.dtype)][group - 1](score);
         else
@@ -177,11 +187,12 @@ struct Item : Block {
         float* out = s.out + row * plan.out_width;
         if (plan.value.bits == 0) {
           const ptrdiff_t stride = static_cast<ptrdiff_t>(dv) * dtype_bytes(value_code.dtype);
-          k.dense_accumulate[static_cast<int>(value_code.dtype)](
-              {value.codes, stride, nullptr, scores, ahead + plan.record.value_codes(), out, plan.out_width, dv, kTile, group});
+          k.dense_accumulate[static_cast<int>(value_code.dtype)]({value.codes, stride, nullptr, scores,
+                                                                  ahead + plan.record.value_codes(), out,
+                                                                  plan.out_width, dv, kTile, group});
         } else {
-          k.accumulate[value_code.id][group - 1](
-              {scores, value, ahead + plan.record.value_codes(), out, plan.out_width, dv, levels, static_cast<int32_t>(t * 5 % kTile)});
+          k.accumulate[value_code.id][group - 1]({scores, value, ahead + plan.record.value_codes(), out, plan.out_width,
+                                                  dv, levels, static_cast<int32_t>(t * 5 % kTile)});
         }
       }
       start += p.counts[t];
@@ -232,7 +243,8 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
     float max = -std::numeric_limits<float>::infinity(), total = 0.0F;
     const int64_t head = rows.query_head(r);
     const float sink = p.sink_logits != nullptr ? p.sink_logits[head] * kLog2e : max;
-    for (int64_t c = 0; c < plan.chunks; ++c) max = std::fmax(max, Part(plan, workspace, block * plan.chunks + c).state[r].max);
+    for (int64_t c = 0; c < plan.chunks; ++c)
+      max = std::fmax(max, Part(plan, workspace, block * plan.chunks + c).state[r].max);
     max = std::fmax(max, sink);
     std::memset(sum, 0, sizeof sum);
     const bool any = max > -std::numeric_limits<float>::infinity();
@@ -261,18 +273,21 @@ void check(const Plan& plan) {
   for (int64_t b = 0; p.rows != nullptr && b < p.batch; ++b) {
     const int32_t pad = p.rows[2 * b], start = p.rows[2 * b + 1];
     if (pad < 0 || start < 0 || (p.sinks > 0 && start > plan.packed + p.exact))
-      throw std::invalid_argument("attend: rows[" + std::to_string(b) + "] is (pad " + std::to_string(pad) + ", sink_start " +
-                                  std::to_string(start) + "); allowed: 0 or more, and sink_start at most the " +
+      throw std::invalid_argument("attend: rows[" + std::to_string(b) + "] is (pad " + std::to_string(pad) +
+                                  ", sink_start " + std::to_string(start) +
+                                  "); allowed: 0 or more, and sink_start at most the " +
                                   std::to_string(plan.packed + p.exact) + " tokens of the stream");
   }
   for (int64_t t = 0; t < p.tiles; ++t)
     if (p.counts[t] < 1 || p.counts[t] > kTile)
-      throw std::invalid_argument("attend: tile " + std::to_string(t) + " counts " + std::to_string(p.counts[t]) + " tokens; allowed: 1..64");
+      throw std::invalid_argument("attend: tile " + std::to_string(t) + " counts " + std::to_string(p.counts[t]) +
+                                  " tokens; allowed: 1..64");
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t i = 0; i * kPageTiles < p.tiles; ++i) {
       const int64_t page = p.table[b * p.table_stride + i];
       if (page == 0 || page % kLine != 0)
-        throw std::invalid_argument("attend: page " + std::to_string(i) + " of row " + std::to_string(b) + " has no 64-byte aligned address");
+        throw std::invalid_argument("attend: page " + std::to_string(i) + " of row " + std::to_string(b) +
+                                    " has no 64-byte aligned address");
     }
 }
 

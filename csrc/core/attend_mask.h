@@ -33,7 +33,8 @@ class MaskRows {
     const uint8_t* row = p_.mask.data + batch * p_.mask.batch + head * p_.mask.head + token * p_.mask.token;
     if (run.kind == KeyRun::Kind::sinks) return span(scores, row, sink_start + run.start, run.tokens, pad);
     // The stream lies around the sinks: at most two contiguous pieces.
-    const int64_t before = sink_start > run.start ? (sink_start - run.start < run.tokens ? sink_start - run.start : run.tokens) : 0;
+    const int64_t before =
+        sink_start > run.start ? (sink_start - run.start < run.tokens ? sink_start - run.start : run.tokens) : 0;
     span(scores, row, run.start, before, pad);
     span(scores + before, row, run.start + before + p_.sinks, run.tokens - before, pad);
   }

@@ -36,12 +36,14 @@ void for_each_tile(int64_t batch, int64_t heads, int64_t tiles, ParallelFor para
 
 void check_pages(const PageTable& table, int64_t tiles) {
   if (tiles > table.stride * kPageTiles)
-    throw std::invalid_argument("page table of " + std::to_string(table.stride) + " pages a row has no tile " + std::to_string(tiles - 1));
+    throw std::invalid_argument("page table of " + std::to_string(table.stride) + " pages a row has no tile " +
+                                std::to_string(tiles - 1));
   for (int64_t b = 0; b < table.batch; ++b)
     for (int64_t i = 0; i * kPageTiles < tiles; ++i) {
       const int64_t page = table.addresses[b * table.stride + i];
       if (page == 0 || page % kLine != 0)
-        throw std::invalid_argument("page " + std::to_string(i) + " of row " + std::to_string(b) + " has no 64-byte aligned address");
+        throw std::invalid_argument("page " + std::to_string(i) + " of row " + std::to_string(b) +
+                                    " has no 64-byte aligned address");
     }
 }
 
@@ -65,28 +67,32 @@ size_t PageLayout::page_bytes() const {
   return static_cast<size_t>(kv_heads * kPageTiles) * record().bytes();
 }
 
-void encode_pages(const PageTable& table, const PageLayout& layout, const Strided& keys, const Strided& values, Dtype dtype,
-                  int64_t first_tile, int64_t tiles, ParallelFor parallel) {
+void encode_pages(const PageTable& table, const PageLayout& layout, const Strided& keys, const Strided& values,
+                  Dtype dtype, int64_t first_tile, int64_t tiles, ParallelFor parallel) {
   const RecordLayout record = layout.record();
   check_pages(table, first_tile + tiles);
   for_each_tile(table.batch, layout.kv_heads, tiles, parallel, [&](int64_t b, int64_t h, int64_t t) {
     uint8_t* at = record_at(table, record, b, h, first_tile + t);
-    const auto section = [at](size_t codes, size_t scales) { return TileSide{at + codes, reinterpret_cast<uint16_t*>(at + scales)}; };
-    encode_tile(rows_of(keys, dtype, b, h, t * kTile), kTile, layout.key_codec, static_cast<int32_t>(layout.key_dim), Side::key,
-                section(record.key_codes(), record.key_scales()), t * kTile);
-    encode_tile(rows_of(values, dtype, b, h, t * kTile), kTile, layout.value_codec, static_cast<int32_t>(layout.value_dim), Side::value,
+    const auto section = [at](size_t codes, size_t scales) {
+      return TileSide{at + codes, reinterpret_cast<uint16_t*>(at + scales)};
+    };
+    encode_tile(rows_of(keys, dtype, b, h, t * kTile), kTile, layout.key_codec, static_cast<int32_t>(layout.key_dim),
+                Side::key, section(record.key_codes(), record.key_scales()), t * kTile);
+    encode_tile(rows_of(values, dtype, b, h, t * kTile), kTile, layout.value_codec,
+                static_cast<int32_t>(layout.value_dim), Side::value,
                 section(record.value_codes(), record.value_scales()), t * kTile);
   });
 }
 
-void decode_pages(const PageTable& table, const PageLayout& layout, Side side, const int32_t* counts, int64_t tiles, Dtype dtype,
-                  uint8_t* out, ParallelFor parallel) {
+void decode_pages(const PageTable& table, const PageLayout& layout, Side side, const int32_t* counts, int64_t tiles,
+                  Dtype dtype, uint8_t* out, ParallelFor parallel) {
   const RecordLayout record = layout.record();
   check_pages(table, tiles);
   std::vector<int64_t> start(static_cast<size_t>(tiles) + 1, 0);
   for (int64_t t = 0; t < tiles; ++t) {
     if (counts[t] < 1 || counts[t] > kTile)
-      throw std::invalid_argument("tile " + std::to_string(t) + " counts " + std::to_string(counts[t]) + " tokens; allowed: 1..64");
+      throw std::invalid_argument("tile " + std::to_string(t) + " counts " + std::to_string(counts[t]) +
+                                  " tokens; allowed: 1..64");
     start[static_cast<size_t>(t) + 1] = start[static_cast<size_t>(t)] + counts[t];
   }
   const bool key = side == Side::key;
@@ -94,8 +100,9 @@ void decode_pages(const PageTable& table, const PageLayout& layout, Side side, c
   const ptrdiff_t row_bytes = static_cast<ptrdiff_t>(d) * dtype_bytes(dtype);
   for_each_tile(table.batch, layout.kv_heads, tiles, parallel, [&](int64_t b, int64_t h, int64_t t) {
     const uint8_t* at = record_at(table, record, b, h, t);
-    const ConstTileSide tile{at + (key ? record.key_codes() : record.value_codes()),
-                             reinterpret_cast<const uint16_t*>(at + (key ? record.key_scales() : record.value_scales()))};
+    const ConstTileSide tile{
+        at + (key ? record.key_codes() : record.value_codes()),
+        reinterpret_cast<const uint16_t*>(at + (key ? record.key_scales() : record.value_scales()))};
     uint8_t* to = out + ((b * layout.kv_heads + h) * start.back() + start[static_cast<size_t>(t)]) * row_bytes;
     decode_tile(tile, key ? layout.key_codec : layout.value_codec, d, side, counts[t], to, dtype, row_bytes);
   });

@@ -25,15 +25,17 @@ std::span<const CodecInfo> codecs() { return kInfo; }
 
 SideLayout layout_of(int64_t codec, int64_t head_dim, Side side) {
   const CodecCode code = CodecCode::unpack(codec);
-  if (codec < 0 || codec >> 24 != 0 || code.id >= kCodecs || static_cast<int32_t>(code.rule) > 3 || static_cast<int32_t>(code.dtype) > 2)
-    throw std::invalid_argument("codec code " + std::to_string(codec) + " is not one of id (0.." + std::to_string(kCodecs - 1) +
-                                ") | rule (0..3) << 8 | dtype (0..2) << 16");
+  if (codec < 0 || codec >> 24 != 0 || code.id >= kCodecs || static_cast<int32_t>(code.rule) > 3 ||
+      static_cast<int32_t>(code.dtype) > 2)
+    throw std::invalid_argument("codec code " + std::to_string(codec) + " is not one of id (0.." +
+                                std::to_string(kCodecs - 1) + ") | rule (0..3) << 8 | dtype (0..2) << 16");
   if (!head_dim_supported(head_dim))
     throw std::invalid_argument("head_dim " + std::to_string(head_dim) + " is not supported; allowed: 64, 128, 256");
   const CodecInfo& info = kInfo[static_cast<size_t>(code.id)];
   if ((!info.rotated && code.rule != Rule::stored) || (info.bits != 0 && code.dtype != Dtype::f32))
     throw std::invalid_argument("codec code " + std::to_string(codec) + ": " + std::string(info.name) +
-                                (info.bits != 0 ? " has no element dtype" : "") + (info.rotated ? "" : " has no scale rule"));
+                                (info.bits != 0 ? " has no element dtype" : "") +
+                                (info.rotated ? "" : " has no scale rule"));
   const auto d = static_cast<int32_t>(head_dim);
   return side_layout(info.bits, scale_blocks(info.scale_block, info.bits, d), d, side, code.dtype);
 }

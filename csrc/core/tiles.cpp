@@ -51,7 +51,8 @@ void exact_keys(const uint8_t* rows, ptrdiff_t stride, int32_t tokens, int32_t d
   for (int32_t t = 0; t < kTile; ++t)
     for (int32_t i = 0; i < d; ++i) {
       Element e{};
-      if (t < tokens) std::memcpy(&e, rows + t * stride + static_cast<ptrdiff_t>(i) * static_cast<ptrdiff_t>(sizeof e), sizeof e);
+      if (t < tokens)
+        std::memcpy(&e, rows + t * stride + static_cast<ptrdiff_t>(i) * static_cast<ptrdiff_t>(sizeof e), sizeof e);
       std::memcpy(out + (static_cast<size_t>(i) * kTile + static_cast<size_t>(t)) * sizeof e, &e, sizeof e);
     }
 }
@@ -60,7 +61,8 @@ template <class Element>
 void exact_key_row(const uint8_t* tile, int32_t token, int32_t d, uint8_t* out) {
   for (int32_t i = 0; i < d; ++i)
     std::memcpy(out + static_cast<size_t>(i) * sizeof(Element),
-                tile + (static_cast<size_t>(i) * kTile + static_cast<size_t>(token)) * sizeof(Element), sizeof(Element));
+                tile + (static_cast<size_t>(i) * kTile + static_cast<size_t>(token)) * sizeof(Element),
+                sizeof(Element));
 }
 
 void check_finite(const Vectors& x, int32_t tokens, int32_t d, Side side, int64_t first_token) {
@@ -70,13 +72,16 @@ void check_finite(const Vectors& x, int32_t tokens, int32_t d, Side side, int64_
     float check = 0.0F;
     for (int32_t i = 0; i < d; ++i) check += row[i] * 0.0F;
     if (check != 0.0F)
-      throw std::invalid_argument("NaN or Inf in the " + std::string(side == Side::key ? "key" : "value") + " of token " +
-                                  std::to_string(first_token + t) + " (KVPACK_NONFINITE=zero replaces and counts)");
+      throw std::invalid_argument("NaN or Inf in the " + std::string(side == Side::key ? "key" : "value") +
+                                  " of token " + std::to_string(first_token + t) +
+                                  " (KVPACK_NONFINITE=zero replaces and counts)");
   }
 }
 
-void encode_exact(const Vectors& x, int32_t tokens, CodecCode code, int32_t d, Side side, TileSide out, int64_t first_token) {
-  if (x.dtype != code.dtype) throw std::invalid_argument("codec exact: the tile's dtype and the dtype of the input differ");
+void encode_exact(const Vectors& x, int32_t tokens, CodecCode code, int32_t d, Side side, TileSide out,
+                  int64_t first_token) {
+  if (x.dtype != code.dtype)
+    throw std::invalid_argument("codec exact: the tile's dtype and the dtype of the input differ");
   check_finite(x, tokens, d, side, first_token);
   const size_t row_bytes = static_cast<size_t>(d) * static_cast<size_t>(dtype_bytes(code.dtype));
   if (side == Side::key) {
@@ -86,7 +91,8 @@ void encode_exact(const Vectors& x, int32_t tokens, CodecCode code, int32_t d, S
       exact_keys<uint16_t>(x.data, x.stride, tokens, d, out.codes);
     return;
   }
-  for (int32_t t = 0; t < tokens; ++t) std::memcpy(out.codes + static_cast<size_t>(t) * row_bytes, x.data + t * x.stride, row_bytes);
+  for (int32_t t = 0; t < tokens; ++t)
+    std::memcpy(out.codes + static_cast<size_t>(t) * row_bytes, x.data + t * x.stride, row_bytes);
   std::memset(out.codes + static_cast<size_t>(tokens) * row_bytes, 0, static_cast<size_t>(kTile - tokens) * row_bytes);
 }
 
@@ -94,14 +100,17 @@ void encode_exact(const Vectors& x, int32_t tokens, CodecCode code, int32_t d, S
   const std::string name = side == Side::key ? "key" : "value";
   const std::string token = std::to_string(first_token + (status > 0 ? status : -status) - 1);
   if (status > 0)
-    throw std::invalid_argument("NaN or Inf in the " + name + " of token " + token + " (KVPACK_NONFINITE=zero replaces and counts)");
+    throw std::invalid_argument("NaN or Inf in the " + name + " of token " + token +
+                                " (KVPACK_NONFINITE=zero replaces and counts)");
   throw std::invalid_argument("the fp16 scale of the " + name + " of token " + token + " overflows (codec " +
-                              std::string(codecs()[static_cast<size_t>(code.id)].name) + "): the vector's norm is too large");
+                              std::string(codecs()[static_cast<size_t>(code.id)].name) +
+                              "): the vector's norm is too large");
 }
 
 }  // namespace
 
-void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out, int64_t first_token) {
+void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
+                 int64_t first_token) {
   const CodecCode code = CodecCode::unpack(codec);
   const FpControl ieee(FpControl::Mode::ieee);
   const KernelTable& k = kernels();
@@ -113,7 +122,8 @@ void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_d
   if (status != 0) throw_status(status, code, side, first_token);
 }
 
-void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side, int32_t tokens, uint8_t* out, Dtype dtype, ptrdiff_t stride) {
+void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side, int32_t tokens, uint8_t* out,
+                 Dtype dtype, ptrdiff_t stride) {
   const CodecCode code = CodecCode::unpack(codec);
   const KernelTable& k = kernels();
   if (k.decode[code.id] != nullptr) {

@@ -1,6 +1,6 @@
 // ISA unit "neon": the only code compiled with its flags. Everything but the table is in anonymous namespaces.
-#include "kernels/emit.inl.h"
 #include "simd/neon.h"
+#include "kernels/emit.inl.h"
 
 namespace kvpack {
 extern const KernelTable kTable_neon;

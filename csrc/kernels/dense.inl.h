@@ -39,7 +39,8 @@ void dense_accumulate_group(const kvpack::DenseArgs& a) {
   for (int i = 0; i < a.head_dim; i += kDims) {
     F acc[G][kInFlight];
     for (int g = 0; g < G; ++g)
-      for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::load(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes);
+      for (int v = 0; v < kInFlight; ++v)
+        acc[g][v] = S::load(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes);
 #pragma GCC unroll 1
     for (int t = 0; t < a.tokens; ++t) {
       float weight = 0.0F;
@@ -56,7 +57,8 @@ void dense_accumulate_group(const kvpack::DenseArgs& a) {
       });
     }
     for (int g = 0; g < G; ++g)
-      for (int v = 0; v < kInFlight; ++v) S::store(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes, acc[g][v]);
+      for (int v = 0; v < kInFlight; ++v)
+        S::store(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes, acc[g][v]);
   }
 }
 

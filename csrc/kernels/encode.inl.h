@@ -110,7 +110,8 @@ int32_t encode_rotated(const float* x, const float* signs, kvpack::Rule rule, ui
           level, a, t, S::set1(static_cast<float>(kLevels.level[kHalf + k] - kLevels.level[kHalf + k - 1])));
     }
     // kHalf + mag above zero, kHalf - 1 - mag below: one expression in mag + 1/2.
-    S::store_low_bytes(codes + i * S::kLanes, S::add(S::set1(static_cast<float>(kHalf) - 0.5F), S::copy_sign(magnitude, z)));
+    S::store_low_bytes(codes + i * S::kLanes,
+                       S::add(S::set1(static_cast<float>(kHalf) - 0.5F), S::copy_sign(magnitude, z)));
     square = S::fma(level, level, square);  // exact: integers below 2^24
     q[i] = S::copy_sign(level, z);          // 6
   }

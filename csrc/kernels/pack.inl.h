@@ -96,11 +96,12 @@ void pack_codes(const uint8_t* codes, int head_dim, kvpack::Side side, uint8_t* 
   alignas(64) DwordMatrix m;
   codes_to_dwords(codes, head_dim, side, m);
   const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32).grid();
-  for_each_line<Bits>(grid, static_cast<const uint32_t*>(m), [&](size_t at, const uint32_t* const(&c)[kvpack::unit_dwords(Bits)]) {
-    alignas(64) uint32_t line[16 * kvpack::unit_lines(Bits)];
-    pack_line<Bits>(c, line);
-    __builtin_memcpy(packed + at, line, sizeof line);
-  });
+  for_each_line<Bits>(grid, static_cast<const uint32_t*>(m),
+                      [&](size_t at, const uint32_t* const(&c)[kvpack::unit_dwords(Bits)]) {
+                        alignas(64) uint32_t line[16 * kvpack::unit_lines(Bits)];
+                        pack_line<Bits>(c, line);
+                        __builtin_memcpy(packed + at, line, sizeof line);
+                      });
 }
 
 template <int Bits>

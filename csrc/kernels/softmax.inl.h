@@ -40,7 +40,8 @@ void softmax(const kvpack::SoftmaxArgs& a) {
   constexpr int kVectors = kTile / S::kLanes;
   const int lines_per_row = (a.ahead_lines + a.group - 1) / a.group;
   for (int g = 0; g < a.group; ++g) {
-    for (int n = g * lines_per_row; n < (g + 1) * lines_per_row && n < a.ahead_lines; ++n) S::prefetch(a.ahead + n * kLine);
+    for (int n = g * lines_per_row; n < (g + 1) * lines_per_row && n < a.ahead_lines; ++n)
+      S::prefetch(a.ahead + n * kLine);
     float* s = a.scores + g * kTile;
     F top = S::load(s);
     for (int v = 1; v < kVectors; ++v) top = S::max(top, S::load(s + v * S::kLanes));

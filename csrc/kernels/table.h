@@ -36,9 +36,9 @@ struct ScoreArgs {
 };
 
 struct SoftmaxArgs {
-  float* scores;       // [group][kTile] in: log2 units; out: 2^(score - max)
-  SoftmaxRow* rows;    // [group]
-  float* out;          // [group][out_stride] accumulated so far, rescaled when a maximum grows
+  float* scores;         // [group][kTile] in: log2 units; out: 2^(score - max)
+  SoftmaxRow* rows;      // [group]
+  float* out;            // [group][out_stride] accumulated so far, rescaled when a maximum grows
   const uint8_t* ahead;  // prefetched meanwhile
   int32_t ahead_lines, group, out_stride;
 };
@@ -67,16 +67,16 @@ struct DenseArgs {
 struct EncodeArgs {
   const float* x;  // [kTile][head_dim]
   TileSide tile;
-  uint8_t* scratch;      // [kTile][head_dim] codes
-  const float* signs;    // [head_dim], +-1
+  uint8_t* scratch;    // [kTile][head_dim] codes
+  const float* signs;  // [head_dim], +-1
   int32_t head_dim;
   Side side;
   Rule rule;
 };
 struct DecodeArgs {
   ConstTileSide tile;
-  float* x;              // [kTile][head_dim]
-  uint8_t* scratch;      // [kTile][head_dim] codes
+  float* x;          // [kTile][head_dim]
+  uint8_t* scratch;  // [kTile][head_dim] codes
   const float* signs;
   int32_t head_dim;
   Side side;

@@ -21,7 +21,7 @@ struct Strided {
 struct Mask {
   enum class Kind { none, boolean, additive } kind = Kind::none;
   const uint8_t* data = nullptr;
-  Dtype dtype = Dtype::f32;                          // of an additive mask
+  Dtype dtype = Dtype::f32;                           // of an additive mask
   ptrdiff_t batch = 0, head = 0, token = 0, key = 0;  // bytes, 0 where broadcast
 };
 
@@ -33,11 +33,11 @@ struct AttendParams {
   Strided query, sink_keys, sink_values, keys, values;
   const int64_t* table;  // [batch][table_stride] page addresses
   int64_t table_stride;
-  const int32_t* counts;       // [tiles] tokens per tile
-  const int32_t* rows;         // [batch][2] pad, sink_start; may be null
+  const int32_t* counts;  // [tiles] tokens per tile
+  const int32_t* rows;    // [batch][2] pad, sink_start; may be null
   Mask mask;
-  const float* sink_logits;    // [query_heads], may be null
-  float scale, softcap;        // softcap 0: off
+  const float* sink_logits;  // [query_heads], may be null
+  float scale, softcap;      // softcap 0: off
   bool causal;
   Precision precision;
   uint8_t* out;  // [batch, query_heads, query_tokens, value_dim], contiguous

@@ -34,10 +34,12 @@ struct Vectors {
 
 // One side of one tile: `tokens` vectors, the rest of the tile filled with zeros. Throws on NaN and Inf, and where a
 // scale overflows fp16; `first_token` is added to token numbers in messages.
-void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out, int64_t first_token);
+void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
+                 int64_t first_token);
 
 // One side of one tile to `tokens` vectors of `dtype`, row stride in bytes.
-void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side, int32_t tokens, uint8_t* out, Dtype dtype, ptrdiff_t stride);
+void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side, int32_t tokens, uint8_t* out,
+                 Dtype dtype, ptrdiff_t stride);
 
 // Orthonormal randomized Hadamard rotation of rows, in place (inverse: its transpose).
 void rotate_rows(float* x, int64_t rows, int64_t head_dim, bool inverse);

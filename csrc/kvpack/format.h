@@ -62,7 +62,12 @@ struct SideLayout {
 
 constexpr SideLayout side_layout(int32_t bits, int32_t scale_blocks, int32_t head_dim, Side side, Dtype dtype) {
   const size_t values = static_cast<size_t>(kTile) * static_cast<size_t>(head_dim);
-  return {bits, scale_blocks, head_dim, side, static_cast<size_t>(scale_blocks) * kTile * 2, 0,
+  return {bits,
+          scale_blocks,
+          head_dim,
+          side,
+          static_cast<size_t>(scale_blocks) * kTile * 2,
+          0,
           bits == 0 ? values * static_cast<size_t>(dtype_bytes(dtype)) : values * static_cast<size_t>(bits) / 8};
 }
 

@@ -18,11 +18,11 @@ struct PageTable {
 
 // Encodes `tiles` full tiles of keys and values ([batch, kv_heads, 64 * tiles, dim]) into slots first_tile... of every
 // row. Throws std::invalid_argument, from the calling thread, for what encode_tile refuses and for missing pages.
-void encode_pages(const PageTable&, const PageLayout&, const Strided& keys, const Strided& values, Dtype dtype, int64_t first_tile,
-                  int64_t tiles, ParallelFor parallel);
+void encode_pages(const PageTable&, const PageLayout&, const Strided& keys, const Strided& values, Dtype dtype,
+                  int64_t first_tile, int64_t tiles, ParallelFor parallel);
 
 // Decodes one side to [batch, kv_heads, sum(counts), dim], contiguous.
-void decode_pages(const PageTable&, const PageLayout&, Side side, const int32_t* counts, int64_t tiles, Dtype dtype, uint8_t* out,
-                  ParallelFor parallel);
+void decode_pages(const PageTable&, const PageLayout&, Side side, const int32_t* counts, int64_t tiles, Dtype dtype,
+                  uint8_t* out, ParallelFor parallel);
 
 }  // namespace kvpack

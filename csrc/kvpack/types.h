@@ -10,9 +10,9 @@ enum class Dtype : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Rule : int32_t { stored = 0, norm = 1, mse = 2, unbiased = 3 };
 enum class Precision : int32_t { standard = 0, high = 1 };
 
-constexpr int32_t kTile = 64;       // tokens of a full tile
-constexpr int32_t kPageTiles = 4;   // tiles of one KV head in a page
-constexpr int32_t kLine = 64;       // bytes of a line: the unit in which codes are laid out and prefetched
+constexpr int32_t kTile = 64;      // tokens of a full tile
+constexpr int32_t kPageTiles = 4;  // tiles of one KV head in a page
+constexpr int32_t kLine = 64;      // bytes of a line: the unit in which codes are laid out and prefetched
 constexpr int32_t kMaxHeadDim = 256;
 constexpr int32_t kMaxScaleBlocks = kMaxHeadDim / 32;
 
@@ -25,7 +25,8 @@ struct CodecCode {
   Rule rule;
   Dtype dtype;
   static constexpr CodecCode unpack(int64_t code) {
-    return {static_cast<int32_t>(code & 0xff), static_cast<Rule>((code >> 8) & 0xff), static_cast<Dtype>((code >> 16) & 0xff)};
+    return {static_cast<int32_t>(code & 0xff), static_cast<Rule>((code >> 8) & 0xff),
+            static_cast<Dtype>((code >> 16) & 0xff)};
   }
 };
 

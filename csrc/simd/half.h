@@ -24,7 +24,7 @@ namespace {
   if (mag >= 0x477ff000U) return static_cast<uint16_t>(sign | 0x7c00U);  // rounds to 65536 or more
   if (mag < 0x33000001U) return static_cast<uint16_t>(sign);             // at most half the smallest subnormal
   uint32_t half, rest, tie;
-  if (mag < 0x38800000U) {  // subnormal result
+  if (mag < 0x38800000U) {                      // subnormal result
     const uint32_t shift = 126U - (mag >> 23);  // 14..24
     const uint32_t m = (mag & 0x7fffffU) | 0x800000U;
     half = m >> shift;

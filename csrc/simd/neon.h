@@ -107,7 +107,9 @@ struct Neon {
     const uint8x8_t low = vmovn_u16(vcombine_u16(half, half));
     vst1_lane_u32(reinterpret_cast<uint32_t*>(p), vreinterpret_u32_u8(low), 0);
   }
-  static void reduce_add_4(F a, F b, F c, F d, float* out) { vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
+  static void reduce_add_4(F a, F b, F c, F d, float* out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+  }
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
   template <kvpack::Dtype T>

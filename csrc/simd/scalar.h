@@ -91,7 +91,8 @@ struct Scalar {
     for (int e = 0; e < 4; ++e) {
       const auto c = static_cast<int32_t>(static_cast<int8_t>(code >> (8 * e)));
       const auto byte = static_cast<uint8_t>(w >> (8 * e));
-      sum += c * (S == kvpack::Side::key ? static_cast<int32_t>(static_cast<int8_t>(byte)) : static_cast<int32_t>(byte));
+      sum +=
+          c * (S == kvpack::Side::key ? static_cast<int32_t>(static_cast<int8_t>(byte)) : static_cast<int32_t>(byte));
     }
     return acc + static_cast<I>(sum);
   }

@@ -25,8 +25,8 @@ struct Case {
   int64_t sinks = 4, exact = 70;
   std::vector<int32_t> rows;  // pad, sink_start of every batch row; empty: null
   Mask::Kind mask = Mask::Kind::none;
-  int broadcast = 0;        // of the mask, bits: 1 batch, 2 head, 4 token
-  int mask_step = 1;        // elements between columns
+  int broadcast = 0;  // of the mask, bits: 1 batch, 2 head, 4 token
+  int mask_step = 1;  // elements between columns
   Dtype mask_dtype = Dtype::f32;
   bool causal = true, sink_logits = false;
   float softcap = 0.0F, gain = 1.0F;  // gain: multiplies the queries, for sharper attention
@@ -38,11 +38,13 @@ struct Case {
 
 inline std::string describe(const Case& c) {
   std::ostringstream s;
-  s << inputs::info_of(c.key_codec).name << '/' << inputs::info_of(c.value_codec).name << " batch " << c.batch << " heads " << c.query_heads
-    << ':' << c.kv_heads << " q " << c.query_tokens << " dims " << c.key_dim << ',' << c.value_dim << " tiles " << c.counts.size() << " sinks "
-    << c.sinks << " exact " << c.exact << " mask " << static_cast<int>(c.mask) << " broadcast " << c.broadcast << " mask dtype "
-    << static_cast<int>(c.mask_dtype) << " causal " << c.causal << " logits " << c.sink_logits << " softcap " << c.softcap << " gain " << c.gain
-    << " precision " << static_cast<int>(c.precision) << " dtype " << static_cast<int>(c.dtype) << " token_major " << c.token_major;
+  s << inputs::info_of(c.key_codec).name << '/' << inputs::info_of(c.value_codec).name << " batch " << c.batch
+    << " heads " << c.query_heads << ':' << c.kv_heads << " q " << c.query_tokens << " dims " << c.key_dim << ','
+    << c.value_dim << " tiles " << c.counts.size() << " sinks " << c.sinks << " exact " << c.exact << " mask "
+    << static_cast<int>(c.mask) << " broadcast " << c.broadcast << " mask dtype " << static_cast<int>(c.mask_dtype)
+    << " causal " << c.causal << " logits " << c.sink_logits << " softcap " << c.softcap << " gain " << c.gain
+    << " precision " << static_cast<int>(c.precision) << " dtype " << static_cast<int>(c.dtype) << " token_major "
+    << c.token_major;
   return s.str();
 }
 
@@ -53,7 +55,13 @@ struct Array {
   bool token_major;
   Bytes bytes;
   Array(int64_t b, int64_t h, int64_t t, int64_t d, Dtype type, bool major)
-      : batch(b), heads(h), tokens(t), dim(d), dtype(type), token_major(major), bytes(static_cast<size_t>(b * h * t * d * dtype_bytes(type))) {}
+      : batch(b),
+        heads(h),
+        tokens(t),
+        dim(d),
+        dtype(type),
+        token_major(major),
+        bytes(static_cast<size_t>(b * h * t * d * dtype_bytes(type))) {}
   Strided strided() const {
     const ptrdiff_t row = dim * dtype_bytes(dtype);
     return token_major ? Strided{bytes.data(), tokens * heads * row, row, heads * row}
@@ -72,7 +80,9 @@ struct Array {
           store_row(x.data(), dtype, static_cast<int32_t>(dim), row(b, h, t));
         }
   }
-  double at(int64_t b, int64_t h, int64_t t, int64_t i) { return reference::element(row(b, h, t) + i * dtype_bytes(dtype), dtype); }
+  double at(int64_t b, int64_t h, int64_t t, int64_t i) {
+    return reference::element(row(b, h, t) + i * dtype_bytes(dtype), dtype);
+  }
 };
 
 class Problem {
@@ -86,7 +96,9 @@ class Problem {
   std::vector<Bytes> pages;
 
   explicit Problem(const Case& given)
-      : c(given), packed(std::accumulate(c.counts.begin(), c.counts.end(), int64_t{0})), positions(packed + c.sinks + c.exact),
+      : c(given),
+        packed(std::accumulate(c.counts.begin(), c.counts.end(), int64_t{0})),
+        positions(packed + c.sinks + c.exact),
         query(c.batch, c.query_heads, c.query_tokens, c.key_dim, c.dtype, c.token_major),
         keys(c.batch, c.kv_heads, c.exact, c.key_dim, c.dtype, c.token_major),
         values(c.batch, c.kv_heads, c.exact, c.value_dim, c.dtype, c.token_major),
@@ -128,9 +140,15 @@ class Problem {
     p.rows = c.rows.empty() ? nullptr : c.rows.data();
     if (c.mask != Mask::Kind::none) {
       const ptrdiff_t row = positions * mask_step(), token = (c.broadcast & 4) != 0 ? 0 : row;
-      const ptrdiff_t head_rows = (c.broadcast & 4) != 0 ? 1 : c.query_tokens, batch_rows = head_rows * ((c.broadcast & 2) != 0 ? 1 : c.query_heads);
-      p.mask = {c.mask, mask.data(), c.mask_dtype, (c.broadcast & 1) != 0 ? 0 : batch_rows * row, (c.broadcast & 2) != 0 ? 0 : head_rows * row,
-                token,  mask_step()};
+      const ptrdiff_t head_rows = (c.broadcast & 4) != 0 ? 1 : c.query_tokens,
+                      batch_rows = head_rows * ((c.broadcast & 2) != 0 ? 1 : c.query_heads);
+      p.mask = {c.mask,
+                mask.data(),
+                c.mask_dtype,
+                (c.broadcast & 1) != 0 ? 0 : batch_rows * row,
+                (c.broadcast & 2) != 0 ? 0 : head_rows * row,
+                token,
+                mask_step()};
     }
     p.sink_logits = c.sink_logits ? logits.data() : nullptr;
     p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(c.key_dim)));
@@ -159,7 +177,8 @@ class Problem {
         const auto [all_keys, all_values, exact_index] = tokens(b, kv);
         reference::Matrix q(group * c.query_tokens, c.key_dim);
         for (int64_t r = 0; r < q.rows(); ++r)
-          for (int64_t i = 0; i < c.key_dim; ++i) q(r, i) = query.at(b, kv * group + r / c.query_tokens, r % c.query_tokens, i);
+          for (int64_t i = 0; i < c.key_dim; ++i)
+            q(r, i) = query.at(b, kv * group + r / c.query_tokens, r % c.query_tokens, i);
         reference::Matrix scores = q * all_keys.transpose() / std::sqrt(static_cast<double>(c.key_dim));
         for (int64_t r = 0; r < q.rows(); ++r) {
           const int64_t head = kv * group + r / c.query_tokens, token = r % c.query_tokens;
@@ -190,7 +209,8 @@ class Problem {
  private:
   int64_t mask_step() const { return c.mask_step * (c.mask == Mask::Kind::boolean ? 1 : dtype_bytes(c.mask_dtype)); }
   int64_t mask_rows() const {
-    return ((c.broadcast & 1) != 0 ? 1 : c.batch) * ((c.broadcast & 2) != 0 ? 1 : c.query_heads) * ((c.broadcast & 4) != 0 ? 1 : c.query_tokens);
+    return ((c.broadcast & 1) != 0 ? 1 : c.batch) * ((c.broadcast & 2) != 0 ? 1 : c.query_heads) *
+           ((c.broadcast & 4) != 0 ? 1 : c.query_tokens);
   }
 
   void fill_mask(Random& random) {
@@ -235,18 +255,22 @@ class Problem {
   };
   // All tokens of one KV head, by position.
   Tokens tokens(int64_t b, int64_t kv) {
-    Tokens all{{positions, c.key_dim}, {positions, c.value_dim}, std::vector<int64_t>(static_cast<size_t>(positions), -1)};
+    Tokens all{
+        {positions, c.key_dim}, {positions, c.value_dim}, std::vector<int64_t>(static_cast<size_t>(positions), -1)};
     const int64_t sink_start = c.rows.empty() ? 0 : c.rows[static_cast<size_t>(2 * b + 1)];
     const auto place = [&](int64_t stream) { return stream < sink_start ? stream : stream + c.sinks; };
     const RecordLayout record = layout().record();
     int64_t stream = 0;
     for (size_t t = 0; t < c.counts.size(); ++t) {
-      const auto* page = reinterpret_cast<const uint8_t*>(table[static_cast<size_t>(b) * (table.size() / static_cast<size_t>(c.batch)) + t / kPageTiles]);
+      const auto* page = reinterpret_cast<const uint8_t*>(
+          table[static_cast<size_t>(b) * (table.size() / static_cast<size_t>(c.batch)) + t / kPageTiles]);
       const uint8_t* at = page + (static_cast<size_t>(kv) * kPageTiles + t % kPageTiles) * record.bytes();
-      const auto k = reference::decode({at + record.key_codes(), reinterpret_cast<const uint16_t*>(at + record.key_scales())}, c.key_codec,
-                                       static_cast<int>(c.key_dim), Side::key);
-      const auto v = reference::decode({at + record.value_codes(), reinterpret_cast<const uint16_t*>(at + record.value_scales())}, c.value_codec,
-                                       static_cast<int>(c.value_dim), Side::value);
+      const auto k =
+          reference::decode({at + record.key_codes(), reinterpret_cast<const uint16_t*>(at + record.key_scales())},
+                            c.key_codec, static_cast<int>(c.key_dim), Side::key);
+      const auto v =
+          reference::decode({at + record.value_codes(), reinterpret_cast<const uint16_t*>(at + record.value_scales())},
+                            c.value_codec, static_cast<int>(c.value_dim), Side::value);
       for (int32_t i = 0; i < c.counts[t]; ++i, ++stream) {
         all.keys.row(place(stream)) = k.row(i);
         all.values.row(place(stream)) = v.row(i);

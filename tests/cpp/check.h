@@ -121,14 +121,13 @@ bool throws(F&& f, const std::vector<std::string>& parts, const char* text, cons
 
 }  // namespace check
 
-#define TEST(name)                                                 \
-  static void test_##name();                                       \
+#define TEST(name)                                                  \
+  static void test_##name();                                        \
   static const check::Register register_##name(#name, test_##name); \
   static void test_##name()
 
-#define CHECK(condition)                                                            \
-  (++check::checks, (condition) ? true                                              \
-                                : (check::fail(__FILE__, __LINE__, "CHECK failed: " #condition), false))
+#define CHECK(condition) \
+  (++check::checks, (condition) ? true : (check::fail(__FILE__, __LINE__, "CHECK failed: " #condition), false))
 #define CHECK_COMPARE(a, op, b) \
   check::compare((a), (b), [](const auto& x, const auto& y) { return x op y; }, #a " " #op " " #b, __FILE__, __LINE__)
 #define CHECK_EQ(a, b) CHECK_COMPARE(a, ==, b)

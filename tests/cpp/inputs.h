@@ -41,17 +41,20 @@ class Random {
 // (NaN in every dtype), so that bytes nobody wrote show in the results.
 class Bytes {
  public:
-  explicit Bytes(size_t size) : size_(size), data_(static_cast<uint8_t*>(::operator new(size + (size == 0), std::align_val_t{64}))) {
+  explicit Bytes(size_t size)
+      : size_(size), data_(static_cast<uint8_t*>(::operator new (size + (size == 0), std::align_val_t{64}))) {
     std::memset(data_, 0xff, size);
   }
   Bytes(Bytes&& other) noexcept : size_(other.size_), data_(other.data_) { other.data_ = nullptr; }
   Bytes(const Bytes&) = delete;
   Bytes& operator=(const Bytes&) = delete;
-  ~Bytes() { ::operator delete(data_, std::align_val_t{64}); }
+  ~Bytes() { ::operator delete (data_, std::align_val_t{64}); }
   uint8_t* data() { return data_; }
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
-  bool operator==(const Bytes& other) const { return size_ == other.size_ && std::memcmp(data_, other.data_, size_) == 0; }
+  bool operator==(const Bytes& other) const {
+    return size_ == other.size_ && std::memcmp(data_, other.data_, size_) == 0;
+  }
 
  private:
   size_t size_;
@@ -80,7 +83,8 @@ inline std::vector<int64_t> codec_codes() {
   std::vector<int64_t> all;
   for (const CodecInfo& c : codecs())
     for (int32_t option = 0; option < (c.rotated ? 4 : c.bits == 0 ? 3 : 1); ++option)
-      all.push_back(c.bits == 0 ? code_of(c.id, Rule::stored, static_cast<Dtype>(option)) : code_of(c.id, static_cast<Rule>(option)));
+      all.push_back(c.bits == 0 ? code_of(c.id, Rule::stored, static_cast<Dtype>(option))
+                                : code_of(c.id, static_cast<Rule>(option)));
   return all;
 }
 
@@ -101,7 +105,8 @@ inline Tile encode(const std::vector<float>& x, int64_t code, int32_t d, Side si
   Tile tile(code, d, side);
   const Dtype dtype = input_dtype(code);
   const auto rows = elements(x, dtype);
-  encode_tile({rows.data(), dtype, static_cast<ptrdiff_t>(d) * dtype_bytes(dtype)}, tokens, code, d, side, tile.sections(), 0);
+  encode_tile({rows.data(), dtype, static_cast<ptrdiff_t>(d) * dtype_bytes(dtype)}, tokens, code, d, side,
+              tile.sections(), 0);
   return tile;
 }
 

@@ -85,7 +85,8 @@ inline const Matrix& rotation(int d) {
       if (column % 64 == 0) word = inputs::splitmix64(state += inputs::kGamma);
       const double sign = (word >> (column % 64) & 1) != 0 ? -1.0 : 1.0;
       for (int row = 0; row < d; ++row)
-        at->second(row, column) = (std::popcount(static_cast<unsigned>(row & column)) % 2 != 0 ? -sign : sign) / std::sqrt(d);
+        at->second(row, column) =
+            (std::popcount(static_cast<unsigned>(row & column)) % 2 != 0 ? -sign : sign) / std::sqrt(d);
     }
   }
   return at->second;

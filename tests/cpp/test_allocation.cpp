@@ -12,7 +12,8 @@ std::atomic<int64_t> allocations{0};
 void* counted(size_t size, size_t alignment) {
   ++allocations;
   void* p = nullptr;
-  if (posix_memalign(&p, alignment < sizeof(void*) ? sizeof(void*) : alignment, size == 0 ? 1 : size) != 0) throw std::bad_alloc();
+  if (posix_memalign(&p, alignment < sizeof(void*) ? sizeof(void*) : alignment, size == 0 ? 1 : size) != 0)
+    throw std::bad_alloc();
   return p;
 }
 }  // namespace
@@ -63,9 +64,13 @@ TEST(tiles_allocate_nothing) {
         const auto rows = inputs::elements(x, dtype);
         inputs::Tile tile(code, d, side);
         const ptrdiff_t stride = ptrdiff_t{d} * dtype_bytes(dtype);
-        CHECK_EQ(allocations_of([&] { encode_tile({rows.data(), dtype, stride}, 50, code, d, side, tile.sections(), 0); }), 0);
         CHECK_EQ(allocations_of([&] {
-                   decode_tile(tile.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(x.data()), Dtype::f32, ptrdiff_t{d} * 4);
+                   encode_tile({rows.data(), dtype, stride}, 50, code, d, side, tile.sections(), 0);
+                 }),
+                 0);
+        CHECK_EQ(allocations_of([&] {
+                   decode_tile(tile.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(x.data()), Dtype::f32,
+                               ptrdiff_t{d} * 4);
                  }),
                  0);
         CHECK_EQ(allocations_of([&] { rotate_rows(x.data(), kTile, d, true); }), 0);
@@ -75,7 +80,8 @@ TEST(tiles_allocate_nothing) {
 TEST(attend_allocates_nothing) {
   for (const int tiles : {0, 3, 70})
     for (const auto& [key, value] : {std::pair{inputs::code_of(5, Rule::norm), inputs::code_of(4, Rule::norm)},
-                                     std::pair{inputs::code_of(0), inputs::code_of(0)}, std::pair{inputs::code_of(1), inputs::code_of(3, Rule::mse)}})
+                                     std::pair{inputs::code_of(0), inputs::code_of(0)},
+                                     std::pair{inputs::code_of(1), inputs::code_of(3, Rule::mse)}})
       for (const Precision precision : {Precision::standard, Precision::high})
         for (const int64_t tokens : {1, 40}) {
           if (check::slow() && tiles * tokens > 120) continue;
@@ -113,7 +119,8 @@ TEST(pages_allocate_nothing_per_tile) {
   const int32_t counts[] = {64, 64, 64, 64};
   CHECK_EQ(allocations_of([&] { encode_pages(table, layout, rows, rows, Dtype::f32, 0, 4, serial_for); }), 0);
   CHECK_LE(allocations_of([&] {
-             decode_pages(table, layout, Side::value, counts, 4, Dtype::f32, reinterpret_cast<uint8_t*>(x.data()), serial_for);
+             decode_pages(table, layout, Side::value, counts, 4, Dtype::f32, reinterpret_cast<uint8_t*>(x.data()),
+                          serial_for);
            }),
            1);
 }

@@ -13,7 +13,8 @@ using namespace attend_case;
 const Precision kPrecisions[] = {Precision::standard, Precision::high};
 
 int64_t default_code(const CodecInfo& info, Dtype dtype = Dtype::f32) {
-  return info.bits == 0 ? inputs::code_of(info.id, Rule::stored, dtype) : inputs::code_of(info.id, info.rotated ? Rule::norm : Rule::stored);
+  return info.bits == 0 ? inputs::code_of(info.id, Rule::stored, dtype)
+                        : inputs::code_of(info.id, info.rotated ? Rule::norm : Rule::stored);
 }
 
 }  // namespace
@@ -22,7 +23,8 @@ TEST(all_codec_pairs) {
   struct Shape {
     int64_t query_tokens, key_dim, value_dim;
   };
-  const std::vector<Shape> shapes = check::slow() ? std::vector<Shape>{{3, 64, 64}} : std::vector<Shape>{{1, 64, 64}, {3, 128, 64}, {5, 64, 128}};
+  const std::vector<Shape> shapes =
+      check::slow() ? std::vector<Shape>{{3, 64, 64}} : std::vector<Shape>{{1, 64, 64}, {3, 128, 64}, {5, 64, 128}};
   for (const CodecInfo& key : codecs())
     for (const CodecInfo& value : codecs())
       for (const Shape& s : shapes)
@@ -78,7 +80,8 @@ TEST(groups_and_query_tokens) {
 TEST(head_sizes) {
   for (const int64_t dk : {64, 128, 256})
     for (const int64_t dv : {64, 128, 256})
-      for (const auto& [key, value] : {std::pair{5, 4}, std::pair{1, 2}, std::pair{4, 1}, std::pair{0, 3}, std::pair{3, 0}})
+      for (const auto& [key, value] :
+           {std::pair{5, 4}, std::pair{1, 2}, std::pair{4, 1}, std::pair{0, 3}, std::pair{3, 0}})
         for (const Precision precision : kPrecisions) {
           if (check::slow() && key != 5 && dk + dv > 128) continue;
           Case c;
@@ -96,7 +99,8 @@ TEST(head_sizes) {
 
 TEST(counts_after_a_crop) {
   // A crop lowers the count of the last tile then in the table; later tiles follow it.
-  for (const std::vector<int32_t>& counts : {std::vector<int32_t>{1}, {63}, {64, 17}, {64, 17, 64, 3, 64, 64, 1}, {1, 1, 1, 1, 1}})
+  for (const std::vector<int32_t>& counts :
+       {std::vector<int32_t>{1}, {63}, {64, 17}, {64, 17, 64, 3, 64, 64, 1}, {1, 1, 1, 1, 1}})
     for (const Precision precision : kPrecisions) {
       Case c;
       c.counts = counts;
@@ -125,7 +129,8 @@ TEST(parts_may_be_missing) {
 TEST(element_dtypes_and_memory_order) {
   for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16})
     for (const bool token_major : {false, true})
-      for (const auto& [key, value] : {std::pair{5, 4}, std::pair{1, 1}, std::pair{0, 0}, std::pair{0, 5}, std::pair{3, 0}})
+      for (const auto& [key, value] :
+           {std::pair{5, 4}, std::pair{1, 1}, std::pair{0, 0}, std::pair{0, 5}, std::pair{3, 0}})
         for (const Precision precision : kPrecisions) {
           if (check::slow() && token_major != (precision == Precision::high)) continue;
           Case c;

@@ -22,7 +22,8 @@ std::vector<int32_t> padded_rows(const Case& c, std::initializer_list<int32_t> p
 }  // namespace
 
 TEST(pads_and_sink_start) {
-  for (const auto& pads : {std::pair{0, 7}, std::pair{63, 64}, std::pair{65, 100}, std::pair{150, 199}, std::pair{200, 210}})
+  for (const auto& pads :
+       {std::pair{0, 7}, std::pair{63, 64}, std::pair{65, 100}, std::pair{150, 199}, std::pair{200, 210}})
     for (const int64_t sinks : {0, 4})
       for (const Precision precision : kPrecisions) {
         Case c;
@@ -180,7 +181,8 @@ TEST(hidden_nan_does_not_leak) {
         const auto hide = [&](Problem& p, int64_t position) { p.mask.data()[position] = 0; };
         const auto spoil = [&](Array& a, int64_t token) {
           for (int64_t b = 0; b < a.batch; ++b)
-            for (int64_t h = 0; h < a.heads; ++h) store_row(bad.data(), dtype, static_cast<int32_t>(a.dim), a.row(b, h, token));
+            for (int64_t h = 0; h < a.heads; ++h)
+              store_row(bad.data(), dtype, static_cast<int32_t>(a.dim), a.row(b, h, token));
         };
         for (int64_t e = 5; e < 101; e = e == 24 ? 100 : e + 1) {
           hide(clean, c.sinks + clean.packed + e);
@@ -204,7 +206,8 @@ TEST(hidden_nan_does_not_leak) {
   const Bytes want = clean.run(), got = dirty.run();
   for (int64_t r = 0; r < c.query_heads * c.query_tokens; ++r)
     if (r % c.query_tokens != c.query_tokens - 1)
-      CHECK(std::memcmp(want.data() + r * c.value_dim * 4, got.data() + r * c.value_dim * 4, static_cast<size_t>(c.value_dim) * 4) == 0);
+      CHECK(std::memcmp(want.data() + r * c.value_dim * 4, got.data() + r * c.value_dim * 4,
+                        static_cast<size_t>(c.value_dim) * 4) == 0);
 }
 
 TEST(masks_hide_whatever_lies_in_a_tile) {

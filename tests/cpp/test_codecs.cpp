@@ -18,7 +18,8 @@ constexpr Side kSides[] = {Side::key, Side::value};
 std::string label(int64_t code, int32_t d, Side side) {
   const CodecCode c = CodecCode::unpack(code);
   return std::string(inputs::info_of(code).name) + " rule " + std::to_string(static_cast<int>(c.rule)) + " dtype " +
-         std::to_string(static_cast<int>(c.dtype)) + " head_dim " + std::to_string(d) + (side == Side::key ? " keys" : " values");
+         std::to_string(static_cast<int>(c.dtype)) + " head_dim " + std::to_string(d) +
+         (side == Side::key ? " keys" : " values");
 }
 
 // Runs `body` on a level, and goes back to the one that was in use.
@@ -46,20 +47,20 @@ std::vector<float> hard_vectors(int32_t d, uint64_t seed) {
       for (int i = 0; i < d; ++i) v[i] = f(i);
     };
     switch (t % 16) {
-      case 0: break;                                        // zeros
+      case 0: break;  // zeros
       case 1: fill([](int) { return -0.0F; }); break;
-      case 2: v[random.below(d)] = -3.0F; break;            // one-hot: every rotated coordinate has the same magnitude
-      case 3:                                               // few equal entries: exact zeros of both signs after rotation
+      case 2: v[random.below(d)] = -3.0F; break;  // one-hot: every rotated coordinate has the same magnitude
+      case 3:                                     // few equal entries: exact zeros of both signs after rotation
         for (int64_t n = 1 + random.below(7); n >= 0; --n) v[random.below(d)] = random.below(2) != 0 ? -1.0F : 1.0F;
         break;
       case 4: fill([&](int) { return std::ldexp(random.normal(), -140); }); break;  // denormals
       case 5: fill([&](int) { return random.below(3) == 0 ? std::ldexp(1.0F, -149) : 0.0F; }); break;
       case 6: fill([&](int) { return std::ldexp(random.normal(), static_cast<int>(random.below(40)) - 35); }); break;
       case 7: fill([&](int i) { return std::ldexp(random.normal(), -4 * (i % 36)); }); break;  // products underflow
-      case 8:                                               // q8_0: x * 127 / max falls on halves
+      case 8:  // q8_0: x * 127 / max falls on halves
         fill([&](int i) { return i % 32 == 0 ? 127.0F : static_cast<float>(random.below(127)) + 0.5F; });
         break;
-      case 9:                                               // q4_0: x / step + 8.5 falls on integers
+      case 9:  // q4_0: x / step + 8.5 falls on integers
         fill([&](int i) { return i % 32 == 5 ? -8.0F : static_cast<float>(random.below(15)) - 7.5F; });
         break;
       case 10: fill([&](int) { return random.below(2) != 0 ? 1.0F : -1.0F; }); break;  // magnitudes tie: the first wins
@@ -113,7 +114,8 @@ TEST(bytes_are_the_same_on_every_level) {
         for (int n = 0; n < repeats; ++n) {
           const auto seed = static_cast<uint64_t>(n * 1000 + d);
           std::vector<std::vector<float>> tiles{hard_vectors(d, seed)};
-          if (inputs::info_of(code).rotated) tiles.push_back(near_thresholds(static_cast<int32_t>(code & 0xff), d, seed));
+          if (inputs::info_of(code).rotated)
+            tiles.push_back(near_thresholds(static_cast<int32_t>(code & 0xff), d, seed));
           for (const auto& x : tiles) {
             const auto scalar = on_level("scalar", [&] { return inputs::encode(x, code, d, side); });
             const auto here = inputs::encode(x, code, d, side);
@@ -163,14 +165,16 @@ TEST(records_in_pages_are_the_golden_ones) {
   constexpr int kPadded = 3 * kTile;
   std::vector<float> padded(static_cast<size_t>(inputs::kGoldenRows * kPadded * d), 0.0F);
   for (int row = 0; row < inputs::kGoldenRows; ++row)
-    std::copy_n(x.begin() + row * inputs::kGoldenTokens * d, inputs::kGoldenTokens * d, padded.begin() + row * kPadded * d);
+    std::copy_n(x.begin() + row * inputs::kGoldenTokens * d, inputs::kGoldenTokens * d,
+                padded.begin() + row * kPadded * d);
   inputs::Bytes page(layout.page_bytes());
   const int64_t address = reinterpret_cast<int64_t>(page.data());
   const Strided rows{reinterpret_cast<const uint8_t*>(padded.data()), 0, ptrdiff_t{kPadded} * d * 4, ptrdiff_t{d} * 4};
   encode_pages({&address, 1, 1}, layout, rows, rows, Dtype::f32, 0, 3, serial_for);
   uint64_t hash = fnv1a(nullptr, 0);
   const size_t record = layout.record().bytes();
-  for (size_t head = 0; head < inputs::kGoldenRows; ++head) hash = fnv1a(page.data() + head * kPageTiles * record, 3 * record, hash);
+  for (size_t head = 0; head < inputs::kGoldenRows; ++head)
+    hash = fnv1a(page.data() + head * kPageTiles * record, 3 * record, hash);
   static constexpr struct {
     int64_t code;
     int side;
@@ -186,7 +190,8 @@ TEST(records_in_pages_are_the_golden_ones) {
   const int32_t counts[] = {64, 10, 22};
   for (const Side side : kSides) {
     std::vector<float> out(static_cast<size_t>(inputs::kGoldenRows * 96 * d));
-    decode_pages({&address, 1, 1}, layout, side, counts, 3, Dtype::f32, reinterpret_cast<uint8_t*>(out.data()), serial_for);
+    decode_pages({&address, 1, 1}, layout, side, counts, 3, Dtype::f32, reinterpret_cast<uint8_t*>(out.data()),
+                 serial_for);
     const int64_t code = side == Side::key ? layout.key_codec : layout.value_codec;
     size_t at = 0;
     for (int row = 0; row < inputs::kGoldenRows; ++row)
@@ -227,14 +232,16 @@ TEST(decoding_agrees_with_double_precision) {
             CHECK_LE(std::sqrt(error / norm), 1e-6);
           check::measure("decode, relative error of a vector", norm == 0 ? 0 : std::sqrt(error / norm));
         }
-        for (const Dtype dtype : {Dtype::f16, Dtype::bf16}) {  // other dtypes are the float32 result, rounded; wider rows
+        for (const Dtype dtype :
+             {Dtype::f16, Dtype::bf16}) {  // other dtypes are the float32 result, rounded; wider rows
           const ptrdiff_t stride = d * 2 + 6;
           inputs::Bytes rows(static_cast<size_t>(stride * kTile));
           decode(dtype, rows.data(), stride);
           const auto rounded = inputs::elements(got, dtype);
           bool same = true;
           for (int t = 0; t < kTile; ++t) {
-            same = same && std::memcmp(rows.data() + t * stride, rounded.data() + static_cast<ptrdiff_t>(t) * d * 2, static_cast<size_t>(d) * 2) == 0;
+            same = same && std::memcmp(rows.data() + t * stride, rounded.data() + static_cast<ptrdiff_t>(t) * d * 2,
+                                       static_cast<size_t>(d) * 2) == 0;
             same = same && rows.data()[t * stride + d * 2] == 0xff;  // the gap between rows is left alone
           }
           CHECK(same);
@@ -254,7 +261,8 @@ TEST(partial_tiles_are_filled_with_zeros) {
           const auto whole = inputs::encode(x, code, d, side);
           CHECK(partial.bytes == whole.bytes);
           std::vector<float> decoded(x.size(), 1.0F);
-          decode_tile(partial.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(decoded.data()), Dtype::f32, ptrdiff_t{d} * 4);
+          decode_tile(partial.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(decoded.data()), Dtype::f32,
+                      ptrdiff_t{d} * 4);
           CHECK_EQ(std::count(decoded.begin() + tokens * d, decoded.end(), 0.0F), (kTile - tokens) * d);
           // Decoding some tokens writes no more than these.
           inputs::Bytes out(static_cast<size_t>((tokens + 1) * d) * 4);
@@ -275,7 +283,8 @@ TEST(inputs_of_16_bits_and_strides) {
       load_row(narrow.data(), dtype, static_cast<int32_t>(x.size()), widened.data());
       const ptrdiff_t row = d * dtype_bytes(dtype), stride = 3 * row;
       inputs::Bytes strided(static_cast<size_t>(stride * kTile));
-      for (int t = 0; t < kTile; ++t) std::memcpy(strided.data() + t * stride, narrow.data() + t * row, static_cast<size_t>(row));
+      for (int t = 0; t < kTile; ++t)
+        std::memcpy(strided.data() + t * stride, narrow.data() + t * row, static_cast<size_t>(row));
       inputs::Tile tile(code, d, Side::key);
       encode_tile({strided.data(), dtype, stride}, kTile, code, d, Side::key, tile.sections(), 0);
       CHECK(tile.bytes == inputs::encode(widened, code, d, Side::key).bytes);

@@ -56,8 +56,10 @@ void under_host_controls(Body&& body) {
 
 TEST(codec_codes_and_head_sizes) {
   const auto count = static_cast<int64_t>(codecs().size());
-  for (const int64_t code : {count, int64_t{255}, int64_t{-1}, int64_t{5} | 4 << 8, int64_t{0} | 3 << 16, int64_t{1} << 24, int64_t{1} << 40})
-    CHECK_THROWS(layout_of(code, 128, Side::key), "codec code " + std::to_string(code), "0.." + std::to_string(count - 1), "rule (0..3)", "dtype (0..2)");
+  for (const int64_t code : {count, int64_t{255}, int64_t{-1}, int64_t{5} | 4 << 8, int64_t{0} | 3 << 16,
+                             int64_t{1} << 24, int64_t{1} << 40})
+    CHECK_THROWS(layout_of(code, 128, Side::key), "codec code " + std::to_string(code),
+                 "0.." + std::to_string(count - 1), "rule (0..3)", "dtype (0..2)");
   for (const int64_t d : {-64, 0, 1, 32, 63, 65, 96, 192, 512})
     for (const int64_t code : inputs::codec_codes())
       CHECK_THROWS(layout_of(code, d, Side::value), "head_dim " + std::to_string(d), "64, 128, 256");
@@ -79,13 +81,15 @@ TEST(nan_and_infinity_name_the_token) {
               const bool exact = inputs::info_of(code).bits == 0;
               if (exact && dtype != inputs::input_dtype(code)) continue;
               if (check::slow() && !(d == 64 && side == Side::key)) continue;
-              const check::Context context(inputs::info_of(code).name, " head_dim ", d, " dtype ", static_cast<int>(dtype), " value ", bad);
+              const check::Context context(inputs::info_of(code).name, " head_dim ", d, " dtype ",
+                                           static_cast<int>(dtype), " value ", bad);
               auto x = normal_vectors(d);
               x[static_cast<size_t>(token * d + d - 1 - token)] = bad;
               x.back() = bad;  // the first one is named
               const auto rows = inputs::elements(x, dtype);
               inputs::Tile tile(code, d, side);
-              CHECK_THROWS(encode_tile({rows.data(), dtype, ptrdiff_t{d} * dtype_bytes(dtype)}, kTile, code, d, side, tile.sections(), 100),
+              CHECK_THROWS(encode_tile({rows.data(), dtype, ptrdiff_t{d} * dtype_bytes(dtype)}, kTile, code, d, side,
+                                       tile.sections(), 100),
                            "NaN or Inf", name_of(side), "token " + std::to_string(100 + token) + " ");
             }
 }
@@ -101,7 +105,8 @@ TEST(scales_beyond_fp16) {
         for (int i = 0; i < d; ++i) x[static_cast<size_t>(20 * d + i)] = i % 2 != 0 ? 1e30F : -1e30F;
         const auto encode = [&](const std::vector<float>& v) {
           inputs::Tile tile(code, d, side);
-          encode_tile({reinterpret_cast<const uint8_t*>(v.data()), Dtype::f32, ptrdiff_t{d} * 4}, kTile, code, d, side, tile.sections(), 1000);
+          encode_tile({reinterpret_cast<const uint8_t*>(v.data()), Dtype::f32, ptrdiff_t{d} * 4}, kTile, code, d, side,
+                      tile.sections(), 1000);
           return tile;
         };
         CHECK_THROWS(encode(x), "fp16 scale", name_of(side), "token 1020 ", std::string(info.name));
@@ -109,7 +114,8 @@ TEST(scales_beyond_fp16) {
         for (int i = 0; i < d; ++i) x[static_cast<size_t>(20 * d + i)] = i % 2 != 0 ? 1e-30F : -1e-30F;
         const auto tile = encode(x);
         std::vector<float> decoded(x.size());
-        decode_tile(tile.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(decoded.data()), Dtype::f32, ptrdiff_t{d} * 4);
+        decode_tile(tile.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(decoded.data()), Dtype::f32,
+                    ptrdiff_t{d} * 4);
         for (int i = 0; i < d; ++i) CHECK_EQ(decoded[static_cast<size_t>(20 * d + i)], 0.0F);
         for (int i = 0; i < d; ++i) CHECK_NE(decoded[static_cast<size_t>(21 * d + i)], INFINITY);
         for (int i = 0; i < d; ++i) x[static_cast<size_t>(20 * d + i)] = i % 2 != 0 ? 6e4F : -6e4F;
@@ -131,8 +137,8 @@ TEST(scales_beyond_fp16) {
 TEST(exact_keeps_its_dtype) {
   const auto x = normal_vectors(64);
   inputs::Tile tile(inputs::code_of(0, Rule::stored, Dtype::f16), 64, Side::key);
-  CHECK_THROWS(encode_tile({reinterpret_cast<const uint8_t*>(x.data()), Dtype::f32, 256}, kTile, inputs::code_of(0, Rule::stored, Dtype::f16), 64,
-                           Side::key, tile.sections(), 0),
+  CHECK_THROWS(encode_tile({reinterpret_cast<const uint8_t*>(x.data()), Dtype::f32, 256}, kTile,
+                           inputs::code_of(0, Rule::stored, Dtype::f16), 64, Side::key, tile.sections(), 0),
                "exact", "dtype");
 }
 
@@ -146,7 +152,8 @@ TEST(page_tables) {
   const int32_t counts[] = {64, 64, 64, 64, 64};
   std::vector<float> out(2 * 5 * 64 * 64);
   const auto encode = [&](const std::vector<int64_t>& table, int64_t first, int64_t tiles) {
-    encode_pages({table.data(), 1, static_cast<int64_t>(table.size())}, layout, strided, strided, Dtype::f32, first, tiles, serial_for);
+    encode_pages({table.data(), 1, static_cast<int64_t>(table.size())}, layout, strided, strided, Dtype::f32, first,
+                 tiles, serial_for);
   };
   const auto decode = [&](const std::vector<int64_t>& table, const int32_t* count, int64_t tiles) {
     decode_pages({table.data(), 1, static_cast<int64_t>(table.size())}, layout, Side::key, count, tiles, Dtype::f32,
@@ -168,7 +175,8 @@ TEST(page_tables) {
   // An error of one item reaches the caller, from other threads too, and names the token of the call.
   rows[static_cast<size_t>((64 * 2 + 7) * 64)] = INFINITY;
   CHECK_THROWS(encode({a, b}, 0, 5), "NaN or Inf", "key", "token 135 ");
-  CHECK_THROWS(encode_pages(PageTable{&a, 1, 1}, layout, strided, strided, Dtype::f32, 0, 4, attend_case::threads_for), "NaN or Inf", "token 135 ");
+  CHECK_THROWS(encode_pages(PageTable{&a, 1, 1}, layout, strided, strided, Dtype::f32, 0, 4, attend_case::threads_for),
+               "NaN or Inf", "token 135 ");
 }
 
 TEST(attend_refuses) {
@@ -196,7 +204,8 @@ TEST(attend_refuses) {
   CHECK_THROWS(attend_workspace(heads), "5 query heads");
   for (const int32_t bad : {0, -1, 65}) {
     const std::vector<int32_t> counts{64, 64, 64, bad, 64};
-    CHECK_THROWS(attempt(good, [&](AttendParams& p) { p.counts = counts.data(); }), "tile 3 counts " + std::to_string(bad), "1..64");
+    CHECK_THROWS(attempt(good, [&](AttendParams& p) { p.counts = counts.data(); }),
+                 "tile 3 counts " + std::to_string(bad), "1..64");
   }
   for (const int64_t page : {int64_t{0}, good.table[3] + 16}) {
     std::vector<int64_t> table = good.table;
@@ -246,7 +255,8 @@ TEST(host_control_does_not_change_codes) {
       }();
       const auto want = inputs::encode(x, code, d, Side::value);
       const auto decode = [&](std::vector<float>& out) {
-        decode_tile(want.read(), code, d, Side::value, kTile, reinterpret_cast<uint8_t*>(out.data()), Dtype::f32, ptrdiff_t{d} * 4);
+        decode_tile(want.read(), code, d, Side::value, kTile, reinterpret_cast<uint8_t*>(out.data()), Dtype::f32,
+                    ptrdiff_t{d} * 4);
       };
       std::vector<float> values(x.size()), again(x.size());
       decode(values);

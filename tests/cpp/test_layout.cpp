@@ -98,7 +98,8 @@ TEST(sections_of_records) {
           };
           const auto codes = [](int64_t code, int64_t d) {
             const CodecInfo& info = inputs::info_of(code);
-            return static_cast<size_t>(64 * d * (info.bits == 0 ? 8 * dtype_bytes(CodecCode::unpack(code).dtype) : info.bits) / 8);
+            return static_cast<size_t>(
+                64 * d * (info.bits == 0 ? 8 * dtype_bytes(CodecCode::unpack(code).dtype) : info.bits) / 8);
           };
           CHECK_EQ(r.key_scales(), size_t{0});
           CHECK_EQ(r.value_scales(), scales(key, dk));

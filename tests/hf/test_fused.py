@@ -179,9 +179,7 @@ def test_a_row_that_sees_nothing_gives_zeros() -> None:
     key, value = handles(h.packed(h.llama()), rows=2)
     mask = torch.ones(2, 1, 1, 201, dtype=torch.bool)
     mask[1] = False
-    out = F.scaled_dot_product_attention(
-        torch.randn(2, 4, 1, 64), key, value, attn_mask=mask, enable_gqa=True
-    )
+    out = F.scaled_dot_product_attention(torch.randn(2, 4, 1, 64), key, value, attn_mask=mask, enable_gqa=True)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert bool(out[0].any())
 

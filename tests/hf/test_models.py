@@ -29,15 +29,15 @@ from . import helpers as h
 
 
 def gemma() -> Any:
-    config = Gemma3TextConfig(
-        **{**h.SHAPE, "num_hidden_layers": 6, "sliding_window": 32, "query_pre_attn_scalar": 64}
-    )
+    config = Gemma3TextConfig(**{**h.SHAPE, "num_hidden_layers": 6, "sliding_window": 32, "query_pre_attn_scalar": 64})
     return h.build(Gemma3ForCausalLM, config)
 
 
 def test_hybrid_layers_stay_stock_and_are_named() -> None:
     model = gemma()
-    with pytest.warns(UserWarning, match=r"not packed in a gemma3_text model: sliding_attention \(layers 0, 1, 2, 3, 4\)"):
+    with pytest.warns(
+        UserWarning, match=r"not packed in a gemma3_text model: sliding_attention \(layers 0, 1, 2, 3, 4\)"
+    ):
         cache = kvpack.Cache(model.config, key="exact", window=64)
     assert [layer.index for layer in cache.packed_layers] == [5]
     assert cache.is_sliding == [True] * 5 + [False]

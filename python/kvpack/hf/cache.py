@@ -62,9 +62,7 @@ class Cache(StockCache):  # type: ignore[misc]
         encoder_decoder: bool = False,
     ) -> None:
         if not hasattr(config, "get_text_config"):
-            raise TypeError(
-                f"config is a {type(config).__name__}; allowed: a transformers config, as model.config"
-            )
+            raise TypeError(f"config is a {type(config).__name__}; allowed: a transformers config, as model.config")
         if getattr(config, "is_encoder_decoder", False) and not encoder_decoder:
             raise ValueError(
                 f"{_model(config)} is an encoder-decoder: it would store cross-attention in a bare cache, "

@@ -31,13 +31,9 @@ def layout(index: int, known: dict[torch.dtype, tuple[int, int]], keys: Tensor, 
     where = f"layer {index}"
     for name, x in zip(SIDES, (keys, values), strict=True):
         if x.dim() != 4:
-            raise ValueError(
-                f"{where}: {name}s have {x.dim()} dims; allowed: 4, [batch, KV heads, tokens, head size]"
-            )
+            raise ValueError(f"{where}: {name}s have {x.dim()} dims; allowed: 4, [batch, KV heads, tokens, head size]")
         if x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(
-                f"{where}: {name}s of shape {list(x.shape)} are empty; allowed: 1 or more rows and heads"
-            )
+            raise ValueError(f"{where}: {name}s of shape {list(x.shape)} are empty; allowed: 1 or more rows and heads")
         if x.dtype not in known:
             allowed = ", ".join(map(str, known))
             raise ValueError(f"{where}: {name}s are {x.dtype}; allowed with these codecs: {allowed}")
@@ -63,12 +59,7 @@ def mismatch(index: int, keys: Tensor, values: Tensor) -> ValueError:
 
 def change(index: int, keys: Tensor, values: Tensor, expected: tuple[object, ...]) -> ValueError:
     """The error for keys and values that do not continue what the layer holds."""
-    if (
-        keys.dim() != 4
-        or values.dim() != 4
-        or keys.shape[:3] != values.shape[:3]
-        or keys.dtype != values.dtype
-    ):
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
         return mismatch(index, keys, values)
     batch, heads, key_dim, value_dim, dtype = expected
     return ValueError(

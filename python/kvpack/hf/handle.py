@@ -250,9 +250,7 @@ def _attention(
                 )
             if call.whole:  # nothing is packed yet: what the stock cache does, and the mask tells the padding
                 dense = key._decoded("no history"), value._decoded("no history")
-                out = _SDPA(
-                    query, *dense, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
+                out = _SDPA(query, *dense, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
                 layer.saw_mask(attn_mask)
                 return out
             layer.check_mask(attn_mask, count)
@@ -267,7 +265,5 @@ def _attention(
             reason = obstacle or "query heads"
             if attn_mask is None:
                 attn_mask = call.padding_mask()
-    query, key, value, attn_mask = (
-        x.dense(reason) if type(x) is Handle else x for x in (query, key, value, attn_mask)
-    )
+    query, key, value, attn_mask = (x.dense(reason) if type(x) is Handle else x for x in (query, key, value, attn_mask))
     return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -176,7 +176,9 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         assert self.window is not None
         n = self.window_count
         exact = (self.window[KEY][:, :, :n], self.window[VALUE][:, :, :n])
-        return Call(self, exact, self.table.tiles, self.table.tokens)
+        call = Call(self, exact, self.table.tiles, self.table.tokens)
+        call.fresh = 0  # this one reads all that is packed
+        return call
 
     def _check_repeated(self, keys: Tensor) -> None:
         """RuntimeError if the keys of the whole cache arrive again, one token longer: `use_cache=False`."""

@@ -24,9 +24,7 @@ from kvpack.ops import _library
 class Writer(Protocol):
     """What packs for one layer."""
 
-    def write_tiles(
-        self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: list[int]
-    ) -> None: ...
+    def write_tiles(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: list[int]) -> None: ...
 
 
 _NUMBERS = itertools.count(1)
@@ -119,14 +117,11 @@ def _attend(
 ) -> Tensor:
     sinks, exact = (sink_keys, sink_values), (keys, values)
     in_use = counts[: int(used) - fresh]
-    return ops.attend(
-        query, addresses, in_use, *sinks, *exact, rows, mask, None, layout, scale, precision=precision
-    )
+    return ops.attend(query, addresses, in_use, *sinks, *exact, rows, mask, None, layout, scale, precision=precision)
 
 
 write_tiles = _library.register(
-    "write_tiles(Tensor(a!) addresses, Tensor(b!) used, Tensor keys, Tensor values, Tensor writer, "
-    "int[] layout) -> ()",
+    "write_tiles(Tensor(a!) addresses, Tensor(b!) used, Tensor keys, Tensor values, Tensor writer, int[] layout) -> ()",
     _write_fake,
     _write,
 )

@@ -93,9 +93,7 @@ class PageTable:
         self.tiles = self.tokens = 0
         self._cut = {}
 
-    def write(
-        self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: Sequence[int]
-    ) -> None:
+    def write(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: Sequence[int]) -> None:
         """Encode whole tiles as the next ones, allocating pages and copying shared ones.
 
         addresses, used: those of the table, or in a graph the tensors that stand for them.
@@ -251,8 +249,6 @@ class PageTable:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         shared: dict[int, Page] = {}  # the unpickler restores one tensor object per shared page
-        self.rows = [
-            [shared.setdefault(id(data), Page(data, filled)) for data, filled in row] for row in state["rows"]
-        ]
+        self.rows = [[shared.setdefault(id(data), Page(data, filled)) for data, filled in row] for row in state["rows"]]
         if self.addresses is not None:
             self._refresh()  # the old addresses belong to another process

@@ -186,9 +186,7 @@ class Store:
         stop = tiles * TILE
         keys, values = exact[KEY][:, :, :stop], exact[VALUE][:, :, :stop]
         if self.pads is not None and self.pad_max > self.placed:  # padding went on after placing
-            places = padding.stream_positions(
-                self.rows, self.sinks_wanted, self.table.tokens, stop, self.device
-            )
+            places = padding.stream_positions(self.rows, self.sinks_wanted, self.table.tokens, stop, self.device)
             keys = padding.zero_padded(keys, places, self.pads)
             values = padding.zero_padded(values, places, self.pads)
         addresses, used = self.table.addresses, self.table.used
@@ -203,9 +201,7 @@ class Store:
         self.window = self._buffers(rest, self.window_size + TILE)
         return count - stop
 
-    def write_tiles(
-        self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: list[int]
-    ) -> None:
+    def write_tiles(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: list[int]) -> None:
         """Encode tiles into pages; called eagerly, or by `kvpack::write_tiles` from a compiled graph.
 
         In a graph, what the same call sets on this object (sinks, layout, ...) may not have arrived yet.
@@ -283,9 +279,7 @@ class Store:
     def select(self, rows: list[int]) -> None:
         """Make row i the former row `rows[i]`; rows may repeat, and then share their pages."""
         if not rows or min(rows) < -self.batch or max(rows) >= self.batch:
-            raise IndexError(
-                f"rows {rows} of a cache with {self.batch}: allowed are 0..{self.batch - 1}, one or more"
-            )
+            raise IndexError(f"rows {rows} of a cache with {self.batch}: allowed are 0..{self.batch - 1}, one or more")
         self.epoch += 1
         wanted = torch.tensor(rows, device=self.device) % self.batch
         with normal_mode():
