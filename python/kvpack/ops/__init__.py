@@ -83,7 +83,7 @@ def encode(x: Tensor, codec: int, side: int) -> Tensor:
         uint8 [..., ceil(tokens / 64), side_bytes]; the last tile is filled with zero vectors.
 
     Raises:
-        ValueError: for bad arguments, for values that are not finite (`exact` takes them), and for a scale
+        ValueError: for bad arguments, for values that are not finite (of any codec), and for a scale
             that is not finite in float16; the message names side and token.
     """
     out: Tensor = _encode_op(x, codec, side)
