@@ -35,9 +35,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    shapes = [BenchShape(context=1024)] if arguments.quick else [
-        BenchShape(context=context, head_dim=head_dim) for head_dim in (128, 64) for context in (1024, 4096, 16384)
-    ]
+    shapes = (
+        [BenchShape(context=1024)]
+        if arguments.quick
+        else [
+            BenchShape(context=context, head_dim=head_dim) for head_dim in (128, 64) for context in (1024, 4096, 16384)
+        ]
+    )
     print(f"ISA {isa.active()}, {arguments.threads} thread(s), 8 KV heads x 4 query heads, torch in bfloat16\n")
     print("| tokens | d | codec | ns per KV head and token | times torch SDPA bf16 | times our exact |")
     print("|---|---|---|---|---|---|")

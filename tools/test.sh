@@ -39,7 +39,7 @@ skip() {
 cpp() {
   cmake --preset "$1" ${eigen:+-DEigen3_DIR="$eigen"} >"build/$1.log" 2>&1 || { cat "build/$1.log"; return 1; }
   cmake --build --preset "$1" >>"build/$1.log" 2>&1 || { tail -n 60 "build/$1.log"; return 1; }
-  ctest --preset "$1" --output-on-failure
+  ctest --preset "$1" --parallel "$CMAKE_BUILD_PARALLEL_LEVEL"
 }
 
 neon() {

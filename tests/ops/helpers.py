@@ -44,9 +44,7 @@ DEFAULT = Implementation(
     _decode_pages.default,
     _attend.default,
 )
-NATIVE = Implementation(
-    "native", _encode.OP, _decode.OP, _rotate.OP, _encode_pages.OP, _decode_pages.OP, _attend.OP
-)
+NATIVE = Implementation("native", _encode.OP, _decode.OP, _rotate.OP, _encode_pages.OP, _decode_pages.OP, _attend.OP)
 
 
 def refuses(impl: Implementation, named: str = ".") -> AbstractContextManager[Any]:
@@ -109,8 +107,7 @@ def make_cache(
     memory = [new_page(layout) for _ in range(batch * pages)]
     table = torch.tensor([page.data_ptr() for page in memory], dtype=torch.int64).reshape(batch, pages)
     keys, values = (
-        torch.randn((batch, heads, 64 * tiles, d), generator=generator).to(DTYPES[dtype])
-        for d in (key_dim, value_dim)
+        torch.randn((batch, heads, 64 * tiles, d), generator=generator).to(DTYPES[dtype]) for d in (key_dim, value_dim)
     )
     (encode or DEFAULT.encode_pages)(table, keys, values, 0, layout)
     packed = None

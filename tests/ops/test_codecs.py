@@ -68,11 +68,7 @@ def test_many_vectors(impl: Implementation, name: str, rule: str | None) -> None
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", reference.names())
 def test_dtypes_strides_and_leading_dims(impl: Implementation, name: str, side: str, dtype: str) -> None:
-    x = (
-        torch.randn(2, 130, 3, 64, generator=torch.Generator().manual_seed(1))
-        .to(DTYPES[dtype])
-        .transpose(1, 2)
-    )
+    x = torch.randn(2, 130, 3, 64, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype]).transpose(1, 2)
     number = SIDES.index(side)
     data = impl.encode(x, code(name, dtype), number)
     assert data.shape == (2, 3, 3, ops.side_bytes(code(name, dtype), 64, number))

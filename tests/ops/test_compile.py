@@ -123,13 +123,9 @@ def test_compile_pages_orders_reads_after_writes() -> None:
 
     def function(table: Tensor, x: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         ops.encode_pages(table, x, x, 0, layout)
-        first = ops.attend(
-            query, table, counts, None, None, None, None, None, None, None, layout, scale=0.125
-        )
+        first = ops.attend(query, table, counts, None, None, None, None, None, None, None, layout, scale=0.125)
         ops.encode_pages(table, x + 1, x - 1, 0, layout)
-        second = ops.attend(
-            query, table, counts, None, None, None, None, None, None, None, layout, scale=0.125
-        )
+        second = ops.attend(query, table, counts, None, None, None, None, None, None, None, layout, scale=0.125)
         return first, second
 
     fast = compiled(function)

@@ -15,9 +15,7 @@ PAIRS = [("tq4", "tq3"), ("q8_0", "tq2"), ("exact", "q4_0"), ("tq3", "exact"), (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("key", "value"), PAIRS)
-def test_pages_hold_the_bytes_of_the_reference(
-    impl: Implementation, key: str, value: str, dtype: str
-) -> None:
+def test_pages_hold_the_bytes_of_the_reference(impl: Implementation, key: str, value: str, dtype: str) -> None:
     counts = (64,) * 6
     cache = make_cache(
         key, value, key_dim=128, value_dim=64, batch=2, counts=counts, dtype=dtype, encode=impl.encode_pages
@@ -62,9 +60,7 @@ def test_no_tiles_write_nothing(impl: Implementation) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("key", "value"), PAIRS)
 def test_decode_pages(impl: Implementation, key: str, value: str, dtype: str) -> None:
-    cache = make_cache(
-        key, value, key_dim=64, value_dim=128, batch=2, counts=(64, 10, 64, 64, 1, 33), dtype=dtype
-    )
+    cache = make_cache(key, value, key_dim=64, value_dim=128, batch=2, counts=(64, 10, 64, 64, 1, 33), dtype=dtype)
     assert cache.packed is not None
     for side in (0, 1):
         for target in DTYPES.values():

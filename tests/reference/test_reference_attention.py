@@ -67,9 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mask of rows": {"mask": MASK[:, :1, :1], "causal": True},
     "mask of queries": {"mask": MASK[:1, :1], "softcap": 2.0},
     "additive mask": {"mask": np.where(MASK, 0.3, -np.inf)},
-    "soft additive mask": {
-        "mask": np.random.default_rng(8).standard_normal((1, HQ, 3, 18)).astype(np.float32)
-    },
+    "soft additive mask": {"mask": np.random.default_rng(8).standard_normal((1, HQ, 3, 18)).astype(np.float32)},
     "sink logits": {"sink_logits": np.array([0.5, -2.0, 3.0, -np.inf]), "causal": True},
     "padding": {"rows": np.array([[0, 0], [5, 5]]), "causal": True},
     "padding and mask": {"rows": np.array([[2, 2], [6, 4]]), "mask": MASK, "causal": True},

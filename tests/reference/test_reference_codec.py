@@ -141,9 +141,7 @@ def test_exact_keeps_every_bit(side: str) -> None:
     np.testing.assert_array_equal(decode(packed, "exact", side, 64, dtype="float16"), x16.astype(np.float64))
     brain = np.where((bits & 0x7F80) == 0x7F80, bits & 0x807F, bits).astype(np.uint16)
     wide = (brain.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    np.testing.assert_array_equal(
-        decode(encode(brain, "exact", side=side), "exact", side, 64, dtype="bfloat16"), wide
-    )
+    np.testing.assert_array_equal(decode(encode(brain, "exact", side=side), "exact", side, 64, dtype="bfloat16"), wide)
     x = np.ldexp(gaussian(64, 64), np.random.default_rng(0).integers(-160, 120, (64, 64)).astype(np.int32))
     np.testing.assert_array_equal(decode(encode(x, "exact", side=side), "exact", side, 64), x)
 

@@ -11,9 +11,7 @@ from kvpack.reference.rotated import assign
 
 F = np.float32
 ROTATED = [name for name, codec in CODECS.items() if codec.rotated]
-EVERY = [
-    (name, rule) for name, codec in CODECS.items() for rule in (SCALE_RULES if codec.rotated else (None,))
-]
+EVERY = [(name, rule) for name, codec in CODECS.items() for rule in (SCALE_RULES if codec.rotated else (None,))]
 
 
 def scalar_lanes16(products: list[Any]) -> Any:

@@ -142,9 +142,7 @@ def encode_pages(table: Tensor, keys: Tensor, values: Tensor, first_tile: int, l
     _encode_pages_op(table, keys, values, first_tile, layout)
 
 
-def decode_pages(
-    table: Tensor, counts: Tensor, side: int, layout: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def decode_pages(table: Tensor, counts: Tensor, side: int, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Decode one side of all packed tokens of a page table.
 
     Args:

@@ -52,9 +52,7 @@ def _pair(name: str, keys: Tensor | None, values: Tensor | None, query: Tensor, 
             raise ValueError(f"one of the {name} keys and values is None; allowed: both or neither")
         return 0
     if keys.dtype != query.dtype or values.dtype != query.dtype:
-        raise ValueError(
-            f"{name} keys and values are {keys.dtype} and {values.dtype}; allowed: {query.dtype}"
-        )
+        raise ValueError(f"{name} keys and values are {keys.dtype} and {values.dtype}; allowed: {query.dtype}")
     batch = query.shape[0]
     _tables.check_tokens(f"{name} keys", keys, batch, layout, KEY)
     _tables.check_tokens(f"{name} values", values, batch, layout, VALUE)
@@ -86,18 +84,14 @@ def _check(call: Call, layout: Layout) -> tuple[int, int]:
         raise ValueError(f"rows has shape {list(rows.shape)}; allowed: [{batch}, 2]")
     if mask is not None:
         if mask.dtype != torch.bool and mask.dtype not in _tables.DTYPES:
-            raise ValueError(
-                f"mask has dtype {mask.dtype}; allowed: torch.bool, {', '.join(map(str, _tables.DTYPES))}"
-            )
+            raise ValueError(f"mask has dtype {mask.dtype}; allowed: torch.bool, {', '.join(map(str, _tables.DTYPES))}")
         if mask.dim() != 4:
             raise ValueError(f"mask has {mask.dim()} dims; it needs 4: [B or 1, Hq or 1, q or 1, positions]")
         for axis, size in enumerate((batch, heads, count)):
             if mask.shape[axis] != 1 and mask.shape[axis] != size:
                 raise ValueError(f"mask has size {mask.shape[axis]} at dim {axis}; allowed: 1 or {size}")
     if logits is not None and (logits.dtype != torch.float32 or list(logits.shape) != [heads]):
-        raise ValueError(
-            f"sink_logits is {logits.dtype} {list(logits.shape)}; allowed: torch.float32 [{heads}]"
-        )
+        raise ValueError(f"sink_logits is {logits.dtype} {list(logits.shape)}; allowed: torch.float32 [{heads}]")
     if not call.softcap >= 0.0:
         raise ValueError(f"softcap is {call.softcap}; allowed: 0 (off) or positive")
     if call.precision not in (0, 1):
@@ -111,9 +105,7 @@ def _positions(rows: Tensor | None, batch: int, sinks: int, stream: int) -> tupl
         rows = torch.zeros((batch, 2), dtype=torch.int32)
     for b, (pad, start) in enumerate(rows.tolist()):
         if pad < 0 or (sinks and not 0 <= start <= stream):
-            raise ValueError(
-                f"rows[{b}] is (pad {pad}, sink_start {start}); allowed: pad >= 0, sink_start 0..{stream}"
-            )
+            raise ValueError(f"rows[{b}] is (pad {pad}, sink_start {start}); allowed: pad >= 0, sink_start 0..{stream}")
     pad, start = (rows[:, i : i + 1].to(torch.int64) for i in range(2))
     index = torch.arange(stream, device=rows.device)
     places = torch.where(index < start, index, index + sinks)

@@ -10,9 +10,7 @@ from . import _library, _tables, _tiles
 SCHEMA = "decode(Tensor packed, int codec, int side, int tokens, int head_dim, ScalarType dtype) -> Tensor"
 
 
-def _shape(
-    packed: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype
-) -> list[int]:
+def _shape(packed: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype) -> list[int]:
     if packed.dtype != torch.uint8 or packed.dim() < 2:
         raise ValueError(f"packed is {packed.dtype} {list(packed.shape)}; allowed: uint8 [..., tiles, bytes]")
     _tables.check_dtype(dtype, "the result")

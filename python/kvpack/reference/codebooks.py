@@ -92,8 +92,5 @@ def distortion(centroids: Sequence[float]) -> float:
     """E[(z - quantized z)^2] for z in N(0, 1), of a symmetric codebook with these positive centroids
     (ascending) and decision thresholds at the midpoints. In closed form."""
     cells = _cells(centroids)
-    gain = sum(
-        2 * c * moment - c * c * probability
-        for c, (probability, moment) in zip(centroids, cells, strict=True)
-    )
+    gain = sum(2 * c * moment - c * c * probability for c, (probability, moment) in zip(centroids, cells, strict=True))
     return 1 - 2 * gain

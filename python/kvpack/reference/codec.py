@@ -127,9 +127,7 @@ def decode(
     scale_bytes, mean_bytes, code_bytes = sections(name, head_dim, dtype)
     if packed.ndim < 2 or packed.shape[-1] != side_bytes(name, head_dim, side, dtype):
         want = scale_bytes + mean_bytes + code_bytes
-        raise ValueError(
-            f"packed has the shape {packed.shape}; {name} needs [..., tiles, {want}] for d = {head_dim}"
-        )
+        raise ValueError(f"packed has the shape {packed.shape}; {name} needs [..., tiles, {want}] for d = {head_dim}")
     *lead, tiles, _ = packed.shape
     tokens = tiles * TILE if tokens is None else tokens
     if not 0 <= tokens <= tiles * TILE:

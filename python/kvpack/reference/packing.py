@@ -75,9 +75,7 @@ def _fields_to_planes(codes: U8, bits: int) -> U8:
     """uint8 [..., dwords, 4] codes -> [..., planes, 4] bytes."""
     if bits == 3:
         w = codes[..., 6, :] | codes[..., 7, :] << 3
-        planes = [
-            codes[..., 2 * p, :] | codes[..., 2 * p + 1, :] << 3 | (w >> 2 * p & 3) << 6 for p in range(3)
-        ]
+        planes = [codes[..., 2 * p, :] | codes[..., 2 * p + 1, :] << 3 | (w >> 2 * p & 3) << 6 for p in range(3)]
         return np.stack(planes, axis=-2)
     whole: U8 = codes[..., 0, :]
     for j in range(1, _DWORDS[bits]):

@@ -136,9 +136,7 @@ def quantize(
     if not np.isfinite(scales).all():
         where = np.argwhere(~np.isfinite(scales))[0]
         value = wide.reshape(scales.shape)[tuple(where)]
-        raise ValueError(
-            f"{side} {_token(where[:-1])}: the scale {value:.4g} of {name} does not fit in fp16 (65504)"
-        )
+        raise ValueError(f"{side} {_token(where[:-1])}: the scale {value:.4g} of {name} does not fit in fp16 (65504)")
     return codes.reshape(x.shape), scales
 
 
