@@ -35,7 +35,8 @@ def fnv1a(data: NDArray[np.uint8]) -> int:
 def golden_module() -> ModuleType:
     """tests/golden/make.py, which is a script and no package."""
     spec = importlib.util.spec_from_file_location("golden_make", HERE.parent / "golden" / "make.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
