@@ -106,15 +106,17 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
           const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
           if (at % kPerBlock == 0)
             for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
-          unpack(p, [&](int j, I levels) __attribute__((always_inline)) {
-            if constexpr (Codec::kSignedScales) levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
-            const typename S::Code code = S::expand(levels);
-            const int depth = (u * kDwords + j) * S::kOperandDwords;
-            unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
-              const int g = i / kPlanes, n = i % kPlanes;
-              acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
-            });
-          });
+          unpack(
+              p, [&](int j, I levels) __attribute__((always_inline)) {
+                if constexpr (Codec::kSignedScales)
+                  levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
+                const typename S::Code code = S::expand(levels);
+                const int depth = (u * kDwords + j) * S::kOperandDwords;
+                unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
+                  const int g = i / kPlanes, n = i % kPlanes;
+                  acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
+                });
+              });
         });
       }
       for (int g = 0; g < G; ++g)

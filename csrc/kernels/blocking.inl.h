@@ -8,8 +8,8 @@ namespace {
 // registers, whatever the compiler thinks of the size of the body.
 template <int N, class Body>
 [[gnu::always_inline]] inline void unrolled(Body&& body) {
-  [&]<int... Is>(std::integer_sequence<int, Is...>)
-      __attribute__((always_inline)) { (body(Is), ...); }(std::make_integer_sequence<int, N>{});
+  [&]<int... Is>(std::integer_sequence<int, Is...>) __attribute__((always_inline)) { (body(Is), ...); }
+  (std::make_integer_sequence<int, N>{});
 }
 
 // Vectors of lanes that are in flight together.

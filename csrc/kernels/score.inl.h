@@ -67,13 +67,14 @@ void score(const kvpack::ScoreArgs& a) {
             const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
             if (level == 0 && at % kPerBlock == 0)
               for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
-            unpack(p, [&](int j, I levels) __attribute__((always_inline)) {
-              const typename S::Code code = S::expand(levels);
-              const int operand = (u * kDwords + j) * S::kOperandDwords;
-              unrolled<G>([&](int g) __attribute__((always_inline)) {
-                acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
-              });
-            });
+            unpack(
+                p, [&](int j, I levels) __attribute__((always_inline)) {
+                  const typename S::Code code = S::expand(levels);
+                  const int operand = (u * kDwords + j) * S::kOperandDwords;
+                  unrolled<G>([&](int g) __attribute__((always_inline)) {
+                    acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
+                  });
+                });
           });
         }
         for (int v = 0; v < kInFlight; ++v) {

@@ -42,13 +42,13 @@ class Random {
 class Bytes {
  public:
   explicit Bytes(size_t size)
-      : size_(size), data_(static_cast<uint8_t*>(::operator new(size + (size == 0), std::align_val_t{64}))) {
+      : size_(size), data_(static_cast<uint8_t*>(::operator new (size + (size == 0), std::align_val_t{64}))) {
     std::memset(data_, 0xff, size);
   }
   Bytes(Bytes&& other) noexcept : size_(other.size_), data_(other.data_) { other.data_ = nullptr; }
   Bytes(const Bytes&) = delete;
   Bytes& operator=(const Bytes&) = delete;
-  ~Bytes() { ::operator delete(data_, std::align_val_t{64}); }
+  ~Bytes() { ::operator delete (data_, std::align_val_t{64}); }
   uint8_t* data() { return data_; }
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }

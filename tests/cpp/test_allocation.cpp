@@ -64,9 +64,10 @@ TEST(tiles_allocate_nothing) {
         const auto rows = inputs::elements(x, dtype);
         inputs::Tile tile(code, d, side);
         const ptrdiff_t stride = ptrdiff_t{d} * dtype_bytes(dtype);
-        CHECK_EQ(
-            allocations_of([&] { encode_tile({rows.data(), dtype, stride}, 50, code, d, side, tile.sections(), 0); }),
-            0);
+        CHECK_EQ(allocations_of([&] {
+                   encode_tile({rows.data(), dtype, stride}, 50, code, d, side, tile.sections(), 0);
+                 }),
+                 0);
         CHECK_EQ(allocations_of([&] {
                    decode_tile(tile.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(x.data()), Dtype::f32,
                                ptrdiff_t{d} * 4);
