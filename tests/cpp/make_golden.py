@@ -1,7 +1,7 @@
 """Writes golden.inc: FNV-1a 64 hashes of the canonical bytes that kvpack.reference makes of a fixed input.
 
-    PYTHONPATH=python python tests/cpp/make_golden.py            write it again
-    PYTHONPATH=python python tests/cpp/make_golden.py --check    exit with 1 if it is out of date
+    python tests/cpp/make_golden.py            write it again
+    python tests/cpp/make_golden.py --check    exit with 1 if it is out of date
 
 One line per codec code, side and head size: the hash of all bytes of `inputs(d)` (tests/golden/make.py), encoded,
 uint8 [2, 3 tiles, side_bytes]. The last line is of pages: the records of tq4 keys and tq3 values, head_dim 128.
@@ -15,9 +15,17 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack import reference
-
 HERE = Path(__file__).parent
+
+# The specification needs NumPy only: it is imported from the source tree, past the package's own imports, so that
+# nothing has to be built or installed first.
+if "kvpack" not in sys.modules:
+    package = ModuleType("kvpack")
+    package.__path__ = [str(HERE.parent.parent / "python" / "kvpack")]
+    sys.modules["kvpack"] = package
+
+from kvpack import reference  # noqa: E402
+
 HEADER = """// FNV-1a 64 hashes of canonical bytes, from the NumPy reference. Written by make_golden.py; do not edit.
 // A change of a line is a change of the format, and needs a new format version.
 // {codec code, side, head_dim, hash}; the last line: records of tq4 keys and tq3 values.
