@@ -19,8 +19,14 @@ from . import helpers as h
 def storages() -> dict[int, int]:
     """Every tensor storage that Python can reach: address to bytes."""
     gc.collect()
-    found = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
-    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
+    found: dict[int, int] = {}
+    for x in gc.get_objects():
+        if type(x) in (torch.Tensor, torch.nn.Parameter):
+            try:
+                found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            except RuntimeError:  # left behind by a compiler: a tensor without data has no storage to count
+                continue
+    return found
 
 
 def grown(before: dict[int, int]) -> int:
