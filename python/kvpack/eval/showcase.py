@@ -40,13 +40,13 @@ class Sizes:
     """
 
     prompt: int = 4096
-    count: int = 5
+    count: int = 4
     length: int = 1024
     first: int = 512
     anchor: int = 320
-    rounds: int = 8
+    rounds: int = 5
     tokens: int = 4
-    text: int = 48
+    text: int = 32
     window: int = 128
     sinks: int = 4
 
