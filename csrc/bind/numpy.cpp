@@ -32,7 +32,8 @@ PageLayout layout_from(const std::vector<int64_t>& v) {
   return {v[0], v[1], v[2], v[3], v[4]};
 }
 
-Bytes encode(const py::array& array, int64_t codec, int64_t side) {
+// Tiles [n, tiles, side_bytes] and means [n, means, mean_bytes].
+py::tuple encode(const py::array& array, int64_t codec, int64_t side) {
   if (array.ndim() != 3)
     throw std::invalid_argument("encode: x has " + std::to_string(array.ndim()) +
                                 " dimensions; it is [n, tokens, head_dim]");
@@ -47,37 +48,34 @@ Bytes encode(const py::array& array, int64_t codec, int64_t side) {
       elements ? py::array::ensure(array, py::array::c_style) : static_cast<py::array>(Floats::ensure(array));
   if (!x) throw std::invalid_argument("encode: x cannot be read as a float32 array");
   const Dtype dtype = elements ? code.dtype : Dtype::f32;
-  const ptrdiff_t row = d * dtype_bytes(dtype);
   Bytes out({n, tiles_of(tokens), static_cast<ssize_t>(layout.bytes())});
-  const auto* from = static_cast<const uint8_t*>(x.data());
-  uint8_t* to = out.mutable_data();
-  const py::gil_scoped_release release;
-  for (ssize_t i = 0; i < n; ++i)
-    for (ssize_t t = 0; t < tokens; t += kTile, to += layout.bytes()) {
-      const auto count = static_cast<int32_t>(tokens - t < kTile ? tokens - t : kTile);
-      encode_tile({from + (i * tokens + t) * row, dtype, row}, count, codec, static_cast<int32_t>(d), layout.side,
-                  {to + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<uint16_t*>(to)}, t);
-    }
-  return out;
+  Bytes means({n, static_cast<ssize_t>(layout.means_of(tiles_of(tokens))), static_cast<ssize_t>(layout.mean_bytes())});
+  const Vectors vectors{static_cast<const uint8_t*>(x.data()), dtype, d * dtype_bytes(dtype)};
+  const PackedRows rows{out.mutable_data(), means.mutable_data()};
+  {
+    const py::gil_scoped_release release;
+    encode_rows(vectors, n, tokens, codec, d, layout.side, rows);
+  }
+  return py::make_tuple(out, means);
 }
 
-py::array_t<float> decode(const Bytes& packed, int64_t codec, int64_t side, int64_t tokens, int64_t head_dim) {
+py::array_t<float> decode(const Bytes& packed, const Bytes& means, int64_t codec, int64_t side, int64_t tokens,
+                          int64_t head_dim) {
   const SideLayout layout = layout_of(codec, head_dim, side_of(side));
   if (packed.ndim() != 3 || packed.shape(2) != static_cast<ssize_t>(layout.bytes()) || tokens < 0 ||
       packed.shape(1) != tiles_of(tokens))
     throw std::invalid_argument("decode: packed is [n, " + std::to_string(tiles_of(tokens)) + ", " +
                                 std::to_string(layout.bytes()) + "] for " + std::to_string(tokens) + " tokens");
   const ssize_t n = packed.shape(0), d = head_dim;
+  if (means.ndim() != 3 || means.shape(0) != n || means.shape(1) != layout.means_of(packed.shape(1)) ||
+      means.shape(2) != static_cast<ssize_t>(layout.mean_bytes()))
+    throw std::invalid_argument("decode: means is [n, " + std::to_string(layout.means_of(packed.shape(1))) + ", " +
+                                std::to_string(layout.mean_bytes()) + "]");
   py::array_t<float> out({n, static_cast<ssize_t>(tokens), d});
-  const uint8_t* from = packed.data();
   auto* to = reinterpret_cast<uint8_t*>(out.mutable_data());
+  const PackedRows rows{const_cast<uint8_t*>(packed.data()), const_cast<uint8_t*>(means.data())};
   const py::gil_scoped_release release;
-  for (ssize_t i = 0; i < n; ++i)
-    for (ssize_t t = 0; t < tokens; t += kTile, from += layout.bytes()) {
-      const auto count = static_cast<int32_t>(tokens - t < kTile ? tokens - t : kTile);
-      decode_tile({from + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(from)}, codec,
-                  static_cast<int32_t>(d), layout.side, count, to + (i * tokens + t) * d * 4, Dtype::f32, d * 4);
-    }
+  decode_rows(rows, n, tokens, codec, d, layout.side, to, Dtype::f32);
   return out;
 }
 
@@ -98,6 +96,8 @@ py::list registry() {
     d["name"] = std::string(c.name);
     d["bits"] = c.bits;
     d["rotated"] = c.rotated;
+    d["scale_rules"] = c.scale_rules;
+    d["trellis"] = c.trellis;
     d["scale_block"] = c.scale_block;
     d["what"] = std::string(c.what);
     d["source"] = std::string(c.source);
@@ -129,13 +129,20 @@ PYBIND11_MODULE(_core, m) {
       "side_bytes", [](int64_t codec, int64_t d, int64_t side) { return layout_of(codec, d, side_of(side)).bytes(); },
       py::arg("codec"), py::arg("head_dim"), py::arg("side"));
   m.def(
+      "mean_bytes",
+      [](int64_t codec, int64_t d, int64_t side) {
+        const SideLayout layout = layout_of(codec, d, side_of(side));
+        return static_cast<size_t>(layout.means()) * layout.mean_bytes();
+      },
+      py::arg("codec"), py::arg("head_dim"), py::arg("side"));
+  m.def(
       "record_bytes", [](const std::vector<int64_t>& layout) { return layout_from(layout).record().bytes(); },
       py::arg("layout"));
   m.def(
       "page_bytes", [](const std::vector<int64_t>& layout) { return layout_from(layout).page_bytes(); },
       py::arg("layout"));
   m.def("encode", &encode, py::arg("x"), py::arg("codec"), py::arg("side"));
-  m.def("decode", &decode, py::arg("packed"), py::arg("codec"), py::arg("side"), py::arg("tokens"),
+  m.def("decode", &decode, py::arg("packed"), py::arg("means"), py::arg("codec"), py::arg("side"), py::arg("tokens"),
         py::arg("head_dim"));
   m.def("rotate", &rotate, py::arg("x"), py::arg("inverse") = false);
   m.def("isa_available", &isa_available);

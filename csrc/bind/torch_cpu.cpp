@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kvpack/attend.h"
@@ -86,34 +87,31 @@ PageTable table_of(const Tensor& table) {
   return {typed<int64_t>(table, ScalarType::Long, "table"), table.size(0), table.size(1)};
 }
 
-Tensor encode(const Tensor& x_in, int64_t codec, int64_t side) {
+// Tiles [..., tiles, side_bytes] and means [..., means, mean_bytes].
+std::tuple<Tensor, Tensor> encode(const Tensor& x_in, int64_t codec, int64_t side) {
   if (x_in.dim() < 2) fail("encode: x is " + shape_of(x_in) + "; it is [..., tokens, head_dim]");
   const Dtype dtype = dtype_of(x_in.scalar_type(), "encode");
   const Tensor x = torch::stable::contiguous(x_in);
   const int64_t d = x.size(-1), tokens = x.size(-2), tiles = (tokens + kTile - 1) / kTile;
   const SideLayout layout = layout_of(codec, d, side_of(side));
-  std::vector<int64_t> shape;
+  std::vector<int64_t> shape, mean_shape;
   int64_t n = 1;
   for (int64_t i = 0; i + 2 < x.dim(); ++i) {
     shape.push_back(x.size(i));
     n *= x.size(i);
   }
-  shape.push_back(tiles);
-  shape.push_back(static_cast<int64_t>(layout.bytes()));
+  mean_shape = shape;
+  shape.insert(shape.end(), {tiles, static_cast<int64_t>(layout.bytes())});
+  mean_shape.insert(mean_shape.end(), {layout.means_of(tiles), static_cast<int64_t>(layout.mean_bytes())});
   Tensor out = torch::stable::new_empty(x, shape, ScalarType::Byte);
-  const auto* from = static_cast<const uint8_t*>(x.data_ptr());
-  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  const ptrdiff_t row = d * dtype_bytes(dtype);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t t = 0; t < tokens; t += kTile, to += layout.bytes()) {
-      const auto count = static_cast<int32_t>(tokens - t < kTile ? tokens - t : kTile);
-      encode_tile({from + (i * tokens + t) * row, dtype, row}, count, codec, static_cast<int32_t>(d), layout.side,
-                  {to + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<uint16_t*>(to)}, t);
-    }
-  return out;
+  Tensor means = torch::stable::new_empty(x, mean_shape, ScalarType::Byte);
+  encode_rows({static_cast<const uint8_t*>(x.data_ptr()), dtype, d * dtype_bytes(dtype)}, n, tokens, codec, d,
+              layout.side, {static_cast<uint8_t*>(out.mutable_data_ptr()), static_cast<uint8_t*>(means.mutable_data_ptr())});
+  return {out, means};
 }
 
-Tensor decode(const Tensor& packed_in, int64_t codec, int64_t side, int64_t tokens, int64_t head_dim, ScalarType type) {
+Tensor decode(const Tensor& packed_in, const Tensor& means_in, int64_t codec, int64_t side, int64_t tokens,
+              int64_t head_dim, ScalarType type) {
   const SideLayout layout = layout_of(codec, head_dim, side_of(side));
   const Dtype dtype = dtype_of(type, "decode");
   const int64_t tiles = (tokens + kTile - 1) / kTile, dims = packed_in.dim();
@@ -121,25 +119,23 @@ Tensor decode(const Tensor& packed_in, int64_t codec, int64_t side, int64_t toke
       packed_in.size(dims - 1) != static_cast<int64_t>(layout.bytes()) || packed_in.size(dims - 2) != tiles)
     fail("decode: packed is " + shape_of(packed_in) + "; expected uint8 [..., " + std::to_string(tiles) + ", " +
          std::to_string(layout.bytes()) + "] for " + std::to_string(tokens) + " tokens");
-  const Tensor packed = torch::stable::contiguous(packed_in);
+  const Tensor packed = torch::stable::contiguous(packed_in), means = torch::stable::contiguous(means_in);
   std::vector<int64_t> shape;
   int64_t n = 1;
   for (int64_t i = 0; i + 2 < dims; ++i) {
     shape.push_back(packed.size(i));
     n *= packed.size(i);
   }
+  const int64_t wanted = n * layout.means_of(tiles) * static_cast<int64_t>(layout.mean_bytes());
+  if (means.scalar_type() != ScalarType::Byte || means.numel() != wanted)
+    fail("decode: means is " + shape_of(means) + "; expected uint8 [..., " + std::to_string(layout.means_of(tiles)) +
+         ", " + std::to_string(layout.mean_bytes()) + "]");
   shape.push_back(tokens);
   shape.push_back(head_dim);
   Tensor out = torch::stable::new_empty(packed, shape, type);
-  const auto* from = static_cast<const uint8_t*>(packed.data_ptr());
-  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  const ptrdiff_t row = head_dim * dtype_bytes(dtype);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t t = 0; t < tokens; t += kTile, from += layout.bytes()) {
-      const auto count = static_cast<int32_t>(tokens - t < kTile ? tokens - t : kTile);
-      decode_tile({from + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(from)}, codec,
-                  static_cast<int32_t>(head_dim), layout.side, count, to + (i * tokens + t) * row, dtype, row);
-    }
+  const auto bytes = [](const Tensor& t) { return const_cast<uint8_t*>(static_cast<const uint8_t*>(t.data_ptr())); };
+  decode_rows({bytes(packed), bytes(means)}, n, tokens, codec, head_dim, layout.side,
+              static_cast<uint8_t*>(out.mutable_data_ptr()), dtype);
   return out;
 }
 

@@ -3,6 +3,8 @@
 #include "codecs/affine.h"
 #include "codecs/exact.h"
 #include "codecs/lloyd_max.h"
+#include "codecs/residual.h"
+#include "codecs/trellis.h"
 
 namespace kvpack {
 

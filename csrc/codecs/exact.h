@@ -5,11 +5,8 @@
 
 namespace kvpack {
 
-struct Exact {
-  static constexpr int32_t kBits = 0, kScaleBlock = 0;
-  static constexpr bool kRotated = false, kSignedScales = false;
-  static constexpr double kUnit = 0.0;
-  static constexpr LevelTable kLevels{};
+struct Exact : CodecDefaults {
+  static constexpr int32_t kBits = 0;
 };
 
 }  // namespace kvpack

@@ -9,9 +9,14 @@
 namespace kvpack {
 
 template <int32_t Bits>
-struct LloydMax {
-  static constexpr int32_t kBits = Bits, kScaleBlock = 0;
-  static constexpr bool kRotated = true, kSignedScales = false;
+struct LloydMax : CodecDefaults {
+  static constexpr int32_t kBits = Bits;
+  static constexpr bool kRotated = true, kScaleRules = true;
+};
+
+struct Tq1 : LloydMax<1> {
+  static constexpr double kUnit = 0.00797885;
+  static constexpr LevelTable kLevels{{-100, 100}};
 };
 
 struct Tq2 : LloydMax<2> {

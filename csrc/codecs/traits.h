@@ -1,11 +1,13 @@
 // What a codec family has to say about itself. A traits struct is all constants and one table:
 //
-//   kBits        bits per code (2, 3, 4, 8; 0 for `exact`, which stores elements)
+//   kBits        bits per code (1, 2, 3, 4, 5, 8; 0 for `exact`, which stores elements)
 //   kRotated     codes live in the randomized-Hadamard domain: queries are rotated, outputs rotated back, once per call
+//   kScaleRules  has one scale per vector and the choice of its rule (stored, norm, mse, unbiased)
 //   kScaleBlock  dims that share one fp16 scale; 0 means the whole head vector
 //   kSignedScales  scales may be negative (the accumulation then negates level bytes per token)
-//   kLevels      2^kBits int8 levels, ascending: the format's codebook (empty for 8 bits, where level = code - 128)
-//   kUnit        level * kUnit approximates the quantized value of a unit-variance coordinate (rotated codecs)
+//   kTrellis     codes are the bits of a trellis path; levels come from kTable (codecs/trellis.h)
+//   kLevels      2^kBits int8 levels, ascending: the format's codebook (empty where level = code - 2^(kBits - 1))
+//   kUnit        level * kUnit approximates the quantized value of a unit-variance coordinate (scale rules)
 //
 // Everything is constexpr: the same structs serve host and device code.
 #pragma once
@@ -16,6 +18,14 @@ namespace kvpack {
 // Levels of a codec as bytes for table look-up; 16 entries are enough for every code of 4 bits or fewer.
 struct LevelTable {
   int8_t level[16];
+};
+
+// What most codecs are not; a traits struct derives from this and says what it is.
+struct CodecDefaults {
+  static constexpr int32_t kScaleBlock = 0;
+  static constexpr bool kRotated = false, kScaleRules = false, kSignedScales = false, kTrellis = false;
+  static constexpr double kUnit = 0.0;
+  static constexpr LevelTable kLevels{};
 };
 
 constexpr int32_t scale_blocks(int32_t scale_block, int32_t bits, int32_t head_dim) {

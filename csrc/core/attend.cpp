@@ -16,6 +16,7 @@
 #include "kernels/table.h"
 #include "kvpack/attend.h"
 #include "kvpack/isa.h"
+#include "simd/half.h"
 
 namespace kvpack {
 namespace {
@@ -34,7 +35,8 @@ struct Plan {
   int64_t group, rows, block_rows, row_blocks, chunks, chunk_tiles;
   int64_t packed = 0;  // tokens in tiles
   int32_t out_width;   // floats per row of output: coded part, then plain part where the value codec is rotated
-  size_t query_bytes, level_bytes, state_bytes, out_bytes;
+  bool key_mean, value_mean;
+  size_t query_bytes, rotated_bytes, level_bytes, state_bytes, out_bytes;
 
   explicit Plan(const AttendParams& params)
       : p(params),
@@ -54,14 +56,17 @@ struct Plan {
     chunk_tiles = split ? kChunkTiles : p.tiles;
     out_width = static_cast<int32_t>(value.rotated ? 2 * p.value_dim : p.value_dim);
     const auto n = static_cast<size_t>(block_rows), d = static_cast<size_t>(p.key_dim);
+    key_mean = record.key.center != Center::none;
+    value_mean = record.value.center != Center::none;
     query_bytes = align_up(n * d * 4);
+    rotated_bytes = key_mean ? query_bytes : 0;
     level_bytes = n * sizeof(QueryRow);
     state_bytes = align_up(n * sizeof(SoftmaxRow));
     out_bytes = align_up(n * static_cast<size_t>(out_width) * 4);
   }
   int64_t blocks() const { return p.batch * p.kv_heads * row_blocks; }
   int64_t items() const { return blocks() * chunks; }
-  size_t block_bytes() const { return query_bytes + level_bytes; }
+  size_t block_bytes() const { return query_bytes + rotated_bytes + level_bytes; }
   size_t item_bytes() const { return state_bytes + out_bytes; }
   size_t bytes() const {
     return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(items()) * item_bytes();
@@ -71,11 +76,13 @@ struct Plan {
 // The queries of one block of rows, shared by its items.
 struct Queries {
   float* query;      // [rows][key_dim], times scale * log2(e)
+  float* rotated;    // the same in the rotated domain, where keys are centred
   QueryRow* levels;  // [rows], rotated and quantized
   Queries(const Plan& plan, uint8_t* workspace, int64_t block) {
     uint8_t* at = workspace + static_cast<size_t>(block) * plan.block_bytes();
     query = reinterpret_cast<float*>(at);
-    levels = reinterpret_cast<QueryRow*>(at + plan.query_bytes);
+    rotated = reinterpret_cast<float*>(at + plan.query_bytes);
+    levels = reinterpret_cast<QueryRow*>(at + plan.query_bytes + plan.rotated_bytes);
   }
 };
 
@@ -123,6 +130,7 @@ struct Block {
       if (plan.key.rotated) {
         std::memcpy(rotated, row, static_cast<size_t>(d) * 4);
         k.rotate(rotated, 1, d, rotation_signs(d), false);
+        if (plan.key_mean) std::memcpy(q.rotated + r * d, rotated, static_cast<size_t>(d) * 4);
         from = rotated;
       }
       k.quantize_query({from, d, plan.key.scale_block, q.levels + r});
@@ -144,10 +152,22 @@ struct Item : Block {
         value_code(CodecCode::unpack(p.value_codec)),
         mask(pl.p, pl.packed) {}
 
-  const uint8_t* tile(int64_t t) const {
+  // This KV head's part of the page of tile t.
+  const uint8_t* part(int64_t t) const {
     const auto page = static_cast<uintptr_t>(p.table[batch * p.table_stride + t / kPageTiles]);
-    return reinterpret_cast<const uint8_t*>(page) +
-           static_cast<size_t>(head * kPageTiles + t % kPageTiles) * plan.record.bytes();
+    return reinterpret_cast<const uint8_t*>(page) + static_cast<size_t>(head) * plan.record.head_bytes();
+  }
+  const uint8_t* tile(int64_t t) const {
+    return part(t) + static_cast<size_t>(t % kPageTiles) * plan.record.bytes();
+  }
+  // The mean that serves tile t; the caller fills in the rows.
+  MeanArgs mean(Side side, int64_t t, int32_t dim, int32_t group) const {
+    const uint8_t* own = part(t);
+    const int64_t slot = t % kPageTiles;
+    uint16_t scale;
+    std::memcpy(&scale, own + plan.record.mean_scale(side, slot), sizeof scale);
+    return {reinterpret_cast<const int8_t*>(own + plan.record.mean(side, slot)),
+            half_to_float(scale), dim, group, dim, nullptr, nullptr, nullptr};
   }
 
   // After score: soft cap, mask, one step of softmax. `tokens` scores are real, the rest of the 64 is not.
@@ -182,6 +202,12 @@ struct Item : Block {
           k.exact_score[static_cast<int>(key_code.dtype)][group - 1](score);
         else
           k.score[key_code.id][group - 1](score);
+        if (plan.key_mean) {
+          MeanArgs centre = mean(Side::key, t, dk, group);
+          centre.query = q.rotated + row * dk;
+          centre.scores = scores;
+          k.score_mean(centre);
+        }
         weigh(scores, row, group, {start, p.counts[t], KeyRun::Kind::stream}, ahead,
               static_cast<int32_t>(plan.record.key_codes() / kLine));
         float* out = s.out + row * plan.out_width;
@@ -193,6 +219,13 @@ struct Item : Block {
         } else {
           k.accumulate[value_code.id][group - 1]({scores, value, ahead + plan.record.value_codes(), out, plan.out_width,
                                                   dv, levels, static_cast<int32_t>(t * 5 % kTile)});
+        }
+        if (plan.value_mean) {
+          MeanArgs centre = mean(Side::value, t, dv, group);
+          centre.stride = plan.out_width;
+          centre.scores = scores;
+          centre.out = out;
+          k.accumulate_mean(centre);
         }
       }
       start += p.counts[t];

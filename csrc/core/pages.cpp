@@ -1,6 +1,7 @@
 // Pages on many threads: one work item per (batch row, KV head, tile); the first exception is rethrown by the caller.
 #include "kvpack/pages.h"
 
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <stdexcept>
@@ -47,13 +48,20 @@ void check_pages(const PageTable& table, int64_t tiles) {
     }
 }
 
-uint8_t* record_at(const PageTable& table, const RecordLayout& record, int64_t batch, int64_t head, int64_t tile) {
+// One side of one tile in its page.
+TileSide tile_at(const PageTable& table, const RecordLayout& record, Side side, int64_t batch, int64_t head,
+                 int64_t tile) {
   const auto page = static_cast<uintptr_t>(table.addresses[batch * table.stride + tile / kPageTiles]);
-  return reinterpret_cast<uint8_t*>(page) + static_cast<size_t>(head * kPageTiles + tile % kPageTiles) * record.bytes();
-}
-
-Vectors rows_of(const Strided& x, Dtype dtype, int64_t batch, int64_t head, int64_t token) {
-  return {x.data + batch * x.batch + head * x.head + token * x.token, dtype, x.token};
+  uint8_t* own = reinterpret_cast<uint8_t*>(page) + static_cast<size_t>(head) * record.head_bytes();
+  uint8_t* at = own + static_cast<size_t>(tile % kPageTiles) * record.bytes();
+  const bool key = side == Side::key;
+  TileSide out{at + (key ? record.key_codes() : record.value_codes()),
+               reinterpret_cast<uint16_t*>(at + (key ? record.key_scales() : record.value_scales()))};
+  if ((key ? record.key : record.value).center != Center::none) {
+    out.mean = reinterpret_cast<int8_t*>(own + record.mean(side, tile % kPageTiles));
+    out.mean_scale = reinterpret_cast<uint16_t*>(own + record.mean_scale(side, tile % kPageTiles));
+  }
+  return out;
 }
 
 }  // namespace
@@ -64,23 +72,67 @@ RecordLayout PageLayout::record() const {
 
 size_t PageLayout::page_bytes() const {
   if (kv_heads < 1) throw std::invalid_argument("kv_heads is " + std::to_string(kv_heads) + "; allowed: 1 or more");
-  return static_cast<size_t>(kv_heads * kPageTiles) * record().bytes();
+  return static_cast<size_t>(kv_heads) * record().head_bytes();
 }
+
+namespace {
+
+struct EncodePages {
+  const PageTable& table;
+  const PageLayout& layout;
+  RecordLayout record;
+  const Strided& keys;
+  const Strided& values;
+  Dtype dtype;
+  int64_t first_tile, tiles;
+
+  int64_t codec(Side side) const { return side == Side::key ? layout.key_codec : layout.value_codec; }
+  Vectors rows(Side side, int64_t b, int64_t h, int64_t t) const {
+    const Strided& x = side == Side::key ? keys : values;
+    return {x.data + b * x.batch + h * x.head + t * kTile * x.token, dtype, x.token};
+  }
+  const SideLayout& side_layout(Side side) const { return side == Side::key ? record.key : record.value; }
+
+  // The mean of a row, frozen at its first tile with a token that is not all zeros (padding is), in every page.
+  void row_means(Side side, int64_t b, int64_t h) const {
+    const SideLayout& s = side_layout(side);
+    if (s.center != Center::mean) return;
+    for (int64_t t = first_tile; t < first_tile + tiles; ++t) {
+      const TileSide at = tile_at(table, record, side, b, h, t);
+      if (t % kPageTiles == 0) {
+        std::memset(at.mean, 0, static_cast<size_t>(s.head_dim));
+        *at.mean_scale = 0;
+        if (t != 0) {
+          const TileSide before = tile_at(table, record, side, b, h, t - 1);
+          std::memcpy(at.mean, before.mean, static_cast<size_t>(s.head_dim));
+          *at.mean_scale = *before.mean_scale;
+        }
+      }
+      if (*at.mean_scale == 0)
+        encode_mean(rows(side, b, h, t - first_tile), kTile, codec(side), s.head_dim, side, at,
+                    (t - first_tile) * kTile);
+    }
+  }
+  void tile(Side side, int64_t b, int64_t h, int64_t t) const {
+    encode_tile(rows(side, b, h, t), kTile, codec(side), side_layout(side).head_dim, side,
+                tile_at(table, record, side, b, h, first_tile + t), t * kTile);
+  }
+};
+
+}  // namespace
 
 void encode_pages(const PageTable& table, const PageLayout& layout, const Strided& keys, const Strided& values,
                   Dtype dtype, int64_t first_tile, int64_t tiles, ParallelFor parallel) {
-  const RecordLayout record = layout.record();
+  const EncodePages call{table, layout, layout.record(), keys, values, dtype, first_tile, tiles};
   check_pages(table, first_tile + tiles);
+  if (call.record.key.center == Center::mean || call.record.value.center == Center::mean)
+    for_each_tile(table.batch, layout.kv_heads, 1, parallel, [&](int64_t b, int64_t h, int64_t) {
+      call.row_means(Side::key, b, h);
+      call.row_means(Side::value, b, h);
+    });
   for_each_tile(table.batch, layout.kv_heads, tiles, parallel, [&](int64_t b, int64_t h, int64_t t) {
-    uint8_t* at = record_at(table, record, b, h, first_tile + t);
-    const auto section = [at](size_t codes, size_t scales) {
-      return TileSide{at + codes, reinterpret_cast<uint16_t*>(at + scales)};
-    };
-    encode_tile(rows_of(keys, dtype, b, h, t * kTile), kTile, layout.key_codec, static_cast<int32_t>(layout.key_dim),
-                Side::key, section(record.key_codes(), record.key_scales()), t * kTile);
-    encode_tile(rows_of(values, dtype, b, h, t * kTile), kTile, layout.value_codec,
-                static_cast<int32_t>(layout.value_dim), Side::value,
-                section(record.value_codes(), record.value_scales()), t * kTile);
+    call.tile(Side::key, b, h, t);
+    call.tile(Side::value, b, h, t);
   });
 }
 
@@ -99,12 +151,10 @@ void decode_pages(const PageTable& table, const PageLayout& layout, Side side, c
   const auto d = static_cast<int32_t>(key ? layout.key_dim : layout.value_dim);
   const ptrdiff_t row_bytes = static_cast<ptrdiff_t>(d) * dtype_bytes(dtype);
   for_each_tile(table.batch, layout.kv_heads, tiles, parallel, [&](int64_t b, int64_t h, int64_t t) {
-    const uint8_t* at = record_at(table, record, b, h, t);
-    const ConstTileSide tile{
-        at + (key ? record.key_codes() : record.value_codes()),
-        reinterpret_cast<const uint16_t*>(at + (key ? record.key_scales() : record.value_scales()))};
+    const TileSide at = tile_at(table, record, side, b, h, t);
     uint8_t* to = out + ((b * layout.kv_heads + h) * start.back() + start[static_cast<size_t>(t)]) * row_bytes;
-    decode_tile(tile, key ? layout.key_codec : layout.value_codec, d, side, counts[t], to, dtype, row_bytes);
+    decode_tile({at.codes, at.scales, at.mean, at.mean_scale}, key ? layout.key_codec : layout.value_codec, d, side,
+                counts[t], to, dtype, row_bytes);
   });
 }
 

@@ -11,7 +11,8 @@ namespace {
 
 constexpr std::array<CodecInfo, kCodecs> kInfo{{
 #define KVPACK_CODEC(id, name, Traits, what, source) \
-  {id, #name, Traits::kBits, Traits::kRotated, Traits::kScaleBlock, what, source},
+  {id,   #name, Traits::kBits, Traits::kRotated, Traits::kScaleRules, Traits::kTrellis, Traits::kScaleBlock, \
+   what, source},
 #include "codecs/codecs.def"
 #undef KVPACK_CODEC
 }};
@@ -25,19 +26,24 @@ std::span<const CodecInfo> codecs() { return kInfo; }
 
 SideLayout layout_of(int64_t codec, int64_t head_dim, Side side) {
   const CodecCode code = CodecCode::unpack(codec);
-  if (codec < 0 || codec >> 24 != 0 || code.id >= kCodecs || static_cast<int32_t>(code.rule) > 3 ||
-      static_cast<int32_t>(code.dtype) > 2)
+  if (codec < 0 || codec >> 29 != 0 || code.id >= kCodecs || static_cast<int32_t>(code.rule) > 3 ||
+      static_cast<int32_t>(code.dtype) > 2 || static_cast<int32_t>(code.center) > 2)
     throw std::invalid_argument("codec code " + std::to_string(codec) + " is not one of id (0.." +
-                                std::to_string(kCodecs - 1) + ") | rule (0..3) << 8 | dtype (0..2) << 16");
+                                std::to_string(kCodecs - 1) +
+                                ") | rule (0..3) << 8 | dtype (0..2) << 16 | center (0..2) << 24 | search << 28");
   if (!head_dim_supported(head_dim))
     throw std::invalid_argument("head_dim " + std::to_string(head_dim) + " is not supported; allowed: 64, 128, 256");
   const CodecInfo& info = kInfo[static_cast<size_t>(code.id)];
-  if ((!info.rotated && code.rule != Rule::stored) || (info.bits != 0 && code.dtype != Dtype::f32))
-    throw std::invalid_argument("codec code " + std::to_string(codec) + ": " + std::string(info.name) +
-                                (info.bits != 0 ? " has no element dtype" : "") +
-                                (info.rotated ? "" : " has no scale rule"));
+  const auto refuse = [&](const char* what) {
+    throw std::invalid_argument("codec code " + std::to_string(codec) + ": " + std::string(info.name) + " has no " +
+                                what);
+  };
+  if (!info.scale_rules && code.rule != Rule::stored) refuse("scale rule");
+  if (!info.scale_rules && code.search) refuse("search of its scale");
+  if (!info.rotated && code.center != Center::none) refuse("centring");
+  if (info.bits != 0 && code.dtype != Dtype::f32) refuse("element dtype");
   const auto d = static_cast<int32_t>(head_dim);
-  return side_layout(info.bits, scale_blocks(info.scale_block, info.bits, d), d, side, code.dtype);
+  return side_layout(info.bits, scale_blocks(info.scale_block, info.bits, d), d, side, code.dtype, code.center);
 }
 
 }  // namespace kvpack

@@ -1,5 +1,6 @@
 // Encode and decode of one side of one tile: gathers rows, calls the kernel of the codec, words the errors.
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -43,7 +44,24 @@ namespace {
 struct Scratch {
   alignas(64) float x[kTile * kMaxHeadDim];
   alignas(64) uint8_t codes[kTile * kMaxHeadDim];
+
+  // `tokens` rows, and zeros for the rest of the tile.
+  void load(const Vectors& from, int32_t tokens, int32_t d) {
+    for (int32_t t = 0; t < tokens; ++t) load_row(from.data + t * from.stride, from.dtype, d, x + t * d);
+    std::memset(x + tokens * d, 0, static_cast<size_t>(kTile - tokens) * static_cast<size_t>(d) * 4);
+  }
 };
+
+// Too large for the stack; one per thread that ever encodes with a trellis codec.
+uint8_t* workspace(CodecCode code) {
+  struct alignas(64) Block {
+    uint8_t bytes[kEncodeWorkspace];
+  };
+  thread_local std::unique_ptr<Block> block;
+  if (!codecs()[static_cast<size_t>(code.id)].trellis) return nullptr;
+  if (!block) block = std::make_unique<Block>();
+  return block->bytes;
+}
 
 // `exact` keeps elements: keys dim by dim (64 tokens side by side), values token by token.
 template <class Element>
@@ -116,9 +134,25 @@ void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_d
   const KernelTable& k = kernels();
   if (k.encode[code.id] == nullptr) return encode_exact(x, tokens, code, head_dim, side, out, first_token);
   Scratch s;
-  for (int32_t t = 0; t < tokens; ++t) load_row(x.data + t * x.stride, x.dtype, head_dim, s.x + t * head_dim);
-  std::memset(s.x + tokens * head_dim, 0, static_cast<size_t>(kTile - tokens) * static_cast<size_t>(head_dim) * 4);
-  const int32_t status = k.encode[code.id]({s.x, out, s.codes, rotation_signs(head_dim), head_dim, side, code.rule});
+  s.load(x, tokens, head_dim);
+  const EncodeArgs args{s.x,       out,         s.codes,         rotation_signs(head_dim), head_dim, side,
+                        code.rule, code.search, workspace(code)};
+  if (code.center == Center::tile) {
+    const int32_t status = k.encode_mean(args);
+    if (status != 0) throw_status(status, code, side, first_token);
+  }
+  const int32_t status = k.encode[code.id](args);
+  if (status != 0) throw_status(status, code, side, first_token);
+}
+
+void encode_mean(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
+                 int64_t first_token) {
+  const CodecCode code = CodecCode::unpack(codec);
+  const FpControl ieee(FpControl::Mode::ieee);
+  Scratch s;
+  s.load(x, tokens, head_dim);
+  const int32_t status = kernels().encode_mean(
+      {s.x, out, s.codes, rotation_signs(head_dim), head_dim, side, code.rule, false, nullptr});
   if (status != 0) throw_status(status, code, side, first_token);
 }
 

@@ -99,15 +99,20 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
       for (int n = 0; n < kPlanes; ++n)
         for (int g = 0; g < G; ++g)
           for (int v = 0; v < kStep; ++v) acc[n][g][v] = S::splat(0);
+      const auto lane = [&](int u, int v) {
+        const int at = v0 + v;
+        return base + static_cast<size_t>(u * lane_blocks + at / kPerBlock) * kLines * kLine +
+               at % kPerBlock * 4 * S::kLanes;
+      };
+      typename decltype(unpack)::Carry carry[kStep];
+      for (int v = 0; v < kStep; ++v) carry[v] = unpack.start(lane(grid.units() - 1, v));
       for (int u = 0; u < grid.units(); ++u) {
-        const uint8_t* line = base + static_cast<size_t>(u * lane_blocks) * kLines * kLine;
         unrolled<kStep>([&](int v) __attribute__((always_inline)) {
-          const int at = v0 + v;
-          const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
-          if (at % kPerBlock == 0)
+          const uint8_t* p = lane(u, v);
+          if ((v0 + v) % kPerBlock == 0)
             for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
           unpack(
-              p, [&](int j, I levels) __attribute__((always_inline)) {
+              p, carry[v], [&](int j, I levels) __attribute__((always_inline)) {
                 if constexpr (Codec::kSignedScales)
                   levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
                 const typename S::Code code = S::expand(levels);

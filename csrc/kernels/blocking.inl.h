@@ -5,10 +5,10 @@
 namespace {
 
 // body(0), body(1), ..., body(N - 1), written out: accumulator arrays must be indexed by constants to stay in
-// registers, whatever the compiler thinks of the size of the body.
+// registers, whatever the compiler thinks of the size of the body. The index is an integral_constant.
 template <int N, class Body>
 [[gnu::always_inline]] inline void unrolled(Body&& body) {
-  [&]<int... Is>(std::integer_sequence<int, Is...>) __attribute__((always_inline)) { (body(Is), ...); }
+  [&]<int... Is>(std::integer_sequence<int, Is...>) __attribute__((always_inline)) { (body(std::integral_constant<int, Is>{}), ...); }
   (std::make_integer_sequence<int, N>{});
 }
 

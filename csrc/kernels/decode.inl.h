@@ -7,21 +7,51 @@
 
 namespace {
 
+// Codes [token][dim] to levels, in place (as int8).
+template <class Codec>
+void codes_to_levels(uint8_t* codes, int head_dim, kvpack::Side side) {
+  using namespace kvpack;
+  if constexpr (Codec::kTrellis) {
+    const bool key = side == Side::key;
+    const int steps = key ? head_dim : kTile, lanes = key ? kTile : head_dim;
+    const int token = key ? 1 : head_dim, lane = key ? head_dim : 1;  // strides of depth and lane
+    for (int l = 0; l < lanes; ++l) {
+      uint8_t* sequence = codes + l * lane;
+      uint32_t window = 0;
+      for (int n = steps - kWindowBits; n < steps; ++n)
+        window = trellis_window<Codec>(window, sequence[trellis_depth(n, steps) * token], n);
+      for (int n = 0; n < steps; ++n) {
+        uint8_t& at = sequence[trellis_depth(n, steps) * token];
+        window = trellis_window<Codec>(window, at, n);
+        at = static_cast<uint8_t>(trellis_level<Codec>(window, n));
+      }
+    }
+  } else {
+    constexpr LevelTable levels = Codec::kLevels;
+    constexpr bool kTable = Codec::kBits <= 4;
+    for (int i = 0; i < kTile * head_dim; ++i)
+      codes[i] = static_cast<uint8_t>(kTable ? levels.level[codes[i] & 15] : codes[i] - (1 << (Codec::kBits - 1)));
+  }
+}
+
 template <class S, class Codec>
 void decode(const kvpack::DecodeArgs& a) {
   using kvpack::kTile;
-  unpack_codes<Codec::kBits>(a.tile.codes, a.head_dim, a.side, a.scratch);
-  const int blocks = kvpack::scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim), block = a.head_dim / blocks;
-  constexpr kvpack::LevelTable levels = Codec::kLevels;
-  float level[256];
-  for (int c = 0; c < 1 << Codec::kBits; ++c)
-    level[c] = Codec::kBits == 8 ? static_cast<float>(c - 128) : static_cast<float>(levels.level[c & 15]);
+  unpack_codes<Codec::kBits, Codec::kTrellis>(a.tile.codes, a.head_dim, a.side, a.scratch);
+  codes_to_levels<Codec>(a.scratch, a.head_dim, a.side);
+  const int blocks = kvpack::scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
+  const int block = Codec::kScaleBlock == 0 ? a.head_dim : Codec::kScaleBlock;
   for (int t = 0; t < kTile; ++t)
     for (int b = 0; b < blocks; ++b) {
       const float scale = half_to_float(a.tile.scales[b * kTile + t]);
-      const int at = t * a.head_dim + b * block;
-      for (int i = 0; i < block; ++i) a.x[at + i] = scale * level[a.scratch[at + i]];
+      for (int i = b * block; i < (b + 1) * block && i < a.head_dim; ++i)
+        a.x[t * a.head_dim + i] = scale * static_cast<float>(static_cast<int8_t>(a.scratch[t * a.head_dim + i]));
     }
+  if (a.tile.mean != nullptr) {
+    const float step = half_to_float(*a.tile.mean_scale);
+    for (int t = 0; t < kTile; ++t)
+      for (int i = 0; i < a.head_dim; ++i) a.x[t * a.head_dim + i] += step * static_cast<float>(a.tile.mean[i]);
+  }
   if constexpr (Codec::kRotated) rotate<S>(a.x, kTile, a.head_dim, a.signs, true);
 }
 

@@ -4,6 +4,7 @@
 #include "kernels/decode.inl.h"
 #include "kernels/dense.inl.h"
 #include "kernels/encode.inl.h"
+#include "kernels/mean.inl.h"
 #include "kernels/score.inl.h"
 #include "kernels/softmax.inl.h"
 
@@ -45,6 +46,9 @@ constexpr kvpack::KernelTable emit(const char* name) {
   t.quantize_query = quantize_query<S>;
   t.softmax = softmax<S>;
   t.softcap = softcap<S>;
+  t.score_mean = score_mean<S>;
+  t.accumulate_mean = accumulate_mean<S>;
+  t.encode_mean = encode_mean<S>;
   emit_dtype<S, Dtype::f32>(t);
   emit_dtype<S, Dtype::f16>(t);
   emit_dtype<S, Dtype::bf16>(t);

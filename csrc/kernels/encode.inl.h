@@ -1,107 +1,45 @@
-// Encoders: head vectors to codes and fp16 scales, then packed lines.
-//
-// Codes and scales are bit-identical on every level. So the order of float32 operations is fixed (the steps are
-// numbered as in reference/quantize.py), nothing is contracted into FMAs, and the caller switches flush-to-zero off.
-// Sums run in 16 lanes, multiply then add, and end in the tree l+8, l+4, l+2, l+1.
+// Encoders: head vectors of one side of a tile to codes and fp16 scales, then packed lines. The steps are those of
+// docs/format.md section 5 and of reference/; encode_steps.inl.h says why their order is fixed.
 #pragma once
-#include "kernels/fwht.inl.h"
+#include "kernels/encode_steps.inl.h"
 #include "kernels/pack.inl.h"
-#include "simd/half.h"
+#include "kernels/viterbi.inl.h"
 
 namespace {
 
-// What an encoder reports for a vector: 0, or the reason why it cannot be coded.
-enum : int32_t { kCoded = 0, kNonFinite = 1, kScaleOverflow = 2 };
-
-template <class S>
-float max_abs(const float* x, int n, bool& finite) {
-  typename S::F max = S::zero(), check = S::zero();
-  for (int i = 0; i < n; i += S::kLanes) {
-    const auto v = S::load(x + i);
-    max = S::max(S::abs(v), max);
-    check = S::fma(v, S::zero(), check);  // NaN as soon as one element is not finite
-  }
-  finite = S::reduce_add(check) == 0.0F;
-  return S::reduce_max(max);
-}
-
-// 2^-e with 2^e <= m < 2^(e+1), as two factors: the second is needed where 2^-e exceeds the float range.
-struct PowerOfTwo {
-  int e;
-  float down, down_again;
-  explicit PowerOfTwo(float m) {
-    int exponent;
-    __builtin_frexpf(m, &exponent);
-    e = exponent - 1;
-    down = __builtin_ldexpf(1.0F, e < -127 ? 127 : -e);
-    down_again = e < -127 ? __builtin_ldexpf(1.0F, -e - 127) : 1.0F;
-  }
+// What a scale rule may use: q are the integer levels of the code word.
+struct Match {
+  float xc, cc;  // <y, q>, <q, q>
 };
 
-// Step 8: scale * 2^e in fp16.
-inline int32_t store_scale(float scale, int e, uint16_t* out) {
-  const uint16_t half = float_to_half(__builtin_ldexpf(scale, e));
-  *out = half;
-  return (half & 0x7c00U) == 0x7c00U ? kScaleOverflow : kCoded;
-}
-
-template <class S>
-struct LaneSum {
-  static constexpr int kParts = 16 / S::kLanes;
-  typename S::F part[kParts];
-  void start(int i, typename S::F product) { part[i] = product; }
-  void next(int i, typename S::F product) { part[i] = S::add(part[i], product); }
-  float total() const {
-    alignas(64) float l[16];
-    for (int i = 0; i < kParts; ++i) S::store(l + i * S::kLanes, part[i]);
-    for (int step = 8; step >= 1; step /= 2)
-      for (int i = 0; i < step; ++i) l[i] = l[i] + l[i + step];
-    return l[0];
-  }
-  template <int D, class Product>
-  static float over(Product&& product) {
-    LaneSum sum;
-    for (int i = 0; i < D / S::kLanes; ++i) i < kParts ? sum.start(i, product(i)) : sum.next(i % kParts, product(i));
-    return sum.total();
-  }
-};
-
-inline float scale_of(kvpack::Rule rule, float r, float n2, float xc, int32_t cc, double unit, int head_dim) {
-  const double root = __builtin_sqrt(static_cast<double>(head_dim));
-  const auto norm = static_cast<float>(1.0 / root);
+// The scale that multiplies integer levels in the orthonormal rotated domain, of x 2^-e.
+inline float scale_of(kvpack::Rule rule, const Rotated& x, const Match& m, double unit, int head_dim) {
+  const float xc = m.xc * unit_norm(head_dim);
   switch (rule) {
-    case kvpack::Rule::stored: return r * static_cast<float>(unit / root);
-    case kvpack::Rule::norm: return r / __builtin_sqrtf(static_cast<float>(cc));
-    case kvpack::Rule::mse: return (xc * norm) / static_cast<float>(cc);
-    default: return n2 / (xc * norm);
+    case kvpack::Rule::stored:
+      return x.r * static_cast<float>(unit / __builtin_sqrt(static_cast<double>(head_dim)));
+    case kvpack::Rule::mse: return (xc > 0.0F ? xc : 0.0F) / m.cc;
+    case kvpack::Rule::unbiased:
+      if (xc > 0.0F) return x.n2 / xc;
+      [[fallthrough]];
+    default: return x.r / __builtin_sqrtf(m.cc);
   }
 }
 
+// Squared error of a scale, up to a constant of the vector.
+inline float error_of(float scale, const Match& m, int head_dim) {
+  return (scale * m.cc - 2.0F * (m.xc * unit_norm(head_dim))) * scale;
+}
+
+// Lloyd-Max codes of z = y * gain / r, and their match.
 template <class S, class Codec, int D>
-int32_t encode_rotated(const float* x, const float* signs, kvpack::Rule rule, uint8_t* codes, uint16_t* scale) {
+[[gnu::always_inline]] inline Match assign(const float* y, float inv, float gain, bool projects, uint8_t* codes) {
   using F = typename S::F;
   constexpr int kVectors = D / S::kLanes, kHalf = 1 << (Codec::kBits - 1);
   static constexpr kvpack::LevelTable kLevels = Codec::kLevels;
-  bool finite;
-  const float m = max_abs<S>(x, D, finite);  // 1
-  if (!finite) return kNonFinite;
-  if (m == 0.0F) {
-    __builtin_memset(codes, kHalf, D);
-    *scale = 0;
-    return kCoded;
-  }
-  const PowerOfTwo power(m);  // 2
-  F v[kVectors];
-  for (int i = 0; i < kVectors; ++i)
-    v[i] = S::mul(S::mul(S::load(x + i * S::kLanes), S::set1(power.down)), S::set1(power.down_again));
-  const float n2 = LaneSum<S>::template over<D>([&](int i) { return S::mul(v[i], v[i]); });  // 3
-  const float r = __builtin_sqrtf(n2);
-  for (int i = 0; i < kVectors; ++i) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));  // 4
-  fwht<S, D>(v);
-  const F inv = S::set1(1.0F / r);  // 5
   F q[kVectors], square = S::zero();
   for (int i = 0; i < kVectors; ++i) {
-    const F z = S::mul(v[i], inv), a = S::abs(z);
+    const F z = S::mul(S::mul(S::load(y + i * S::kLanes), S::set1(inv)), S::set1(gain)), a = S::abs(z);
     F magnitude = S::set1(0.5F), level = S::set1(kLevels.level[kHalf]);
     for (int k = 1; k < kHalf; ++k) {
       const F t = S::set1(kvpack::threshold<Codec>(k));
@@ -113,69 +51,220 @@ int32_t encode_rotated(const float* x, const float* signs, kvpack::Rule rule, ui
     S::store_low_bytes(codes + i * S::kLanes,
                        S::add(S::set1(static_cast<float>(kHalf) - 0.5F), S::copy_sign(magnitude, z)));
     square = S::fma(level, level, square);  // exact: integers below 2^24
-    q[i] = S::copy_sign(level, z);          // 6
+    q[i] = S::copy_sign(level, z);
   }
-  const auto cc = static_cast<int32_t>(S::reduce_add(square));
-  const bool projects = rule == kvpack::Rule::mse || rule == kvpack::Rule::unbiased;
-  const float xc = projects ? LaneSum<S>::template over<D>([&](int i) { return S::mul(v[i], q[i]); }) : 0.0F;
-  return store_scale(scale_of(rule, r, n2, xc, cc, Codec::kUnit, D), power.e, scale);  // 7, 8
+  const float xc = projects ? LaneSum<S>::template over<D>([&](int i) {
+    return S::mul(S::load(y + i * S::kLanes), q[i]);
+  })
+                            : 0.0F;
+  return {xc, S::reduce_add(square)};
 }
 
-// ggml's block formats. Scaling by a power of two first changes nothing but the range.
+template <class S, class Codec, int D>
+int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors) {
+  using namespace kvpack;
+  int32_t status = 0;
+  const bool projects = a.search || a.rule == Rule::mse || a.rule == Rule::unbiased;
+  for (int t = 0; t < kTile; ++t) {
+    const Rotated& x = vectors[t];
+    uint8_t* codes = a.scratch + t * D;
+    if (!x.live) {
+      __builtin_memset(codes, 1 << (Codec::kBits - 1), D);
+      a.tile.scales[t] = 0;
+      continue;
+    }
+    const float inv = 1.0F / x.r;
+    const auto coded = [&](float gain, uint8_t* to) {
+      return assign<S, Codec, D>(a.x + t * D, inv, gain, projects, to);
+    };
+    Match m = coded(1.0F, codes);
+    float scale = scale_of(a.rule, x, m, Codec::kUnit, D);
+    if (a.search) {
+      alignas(64) uint8_t trial[D];
+      float best = error_of(scale, m, D);
+      for (const float gain : kSearchGains) {
+        m = coded(gain, trial);
+        const float other = scale_of(a.rule, x, m, Codec::kUnit, D), error = error_of(other, m, D);
+        if (error >= best) continue;
+        best = error;
+        scale = other;
+        __builtin_memcpy(codes, trial, D);
+      }
+    }
+    report(status, store_scale(scale, x.e, a.tile.scales + t), t);
+  }
+  return status;
+}
+
+// Where step `n` of lane `l` lies in [token][dim]: the lanes of keys are tokens, those of values dims.
+template <int D>
+constexpr int trellis_at(kvpack::Side side, int n, int l) {
+  return side == kvpack::Side::key ? l * D + kvpack::trellis_depth(n, D)
+                                   : kvpack::trellis_depth(n, kvpack::kTile) * D + l;
+}
+
+// Codes of a tile at one gain, [token][dim], and the match of every token.
+template <class S, class Codec, int D>
+void search_tile(const kvpack::EncodeArgs& a, const Rotated* vectors, float gain, uint8_t* codes, Match* matches) {
+  using namespace kvpack;
+  const bool key = a.side == Side::key;
+  const int steps = key ? D : kTile, lanes = key ? kTile : D;
+  auto* fixed = reinterpret_cast<int16_t*>(a.workspace);
+  auto* path = a.workspace + static_cast<size_t>(kTile * D) * 2;
+  alignas(64) float z[D];
+  alignas(64) int16_t row[D];
+  for (int t = 0; t < kTile; ++t) {
+    const auto inv = S::set1(vectors[t].live ? 1.0F / vectors[t].r : 0.0F);
+    for (int i = 0; i < D; i += S::kLanes)
+      S::store(z + i, S::mul(S::mul(S::load(a.x + t * D + i), inv), S::set1(gain)));
+    trellis_fixed<S>(z, D, row);
+    if (key) {
+      for (int n = 0; n < D; ++n) fixed[n * kTile + t] = row[trellis_depth(n, D)];
+    } else {
+      const int n = t / 4 + t % 4 * (kTile / 4);
+      __builtin_memcpy(fixed + n * D, row, sizeof row);
+    }
+  }
+  trellis_search<S, Codec::kBits>(fixed, steps, lanes, path, path + static_cast<size_t>(kTile * D));
+  alignas(64) int8_t levels[kTile * D];
+  trellis_levels<Codec>(path, steps, lanes, [&](int n, int l, uint8_t code, int8_t level) {
+    const int at = trellis_at<D>(a.side, n, l);
+    codes[at] = code;
+    levels[at] = level;
+  });
+  for (int t = 0; t < kTile; ++t) {
+    const int8_t* q = levels + t * D;
+    int32_t cc = 0;
+    for (int i = 0; i < D; ++i) {
+      cc += q[i] * q[i];
+      z[i] = static_cast<float>(q[i]);
+    }
+    const float xc = LaneSum<S>::template over<D>([&](int i) {
+      return S::mul(S::load(a.x + t * D + i * S::kLanes), S::load(z + i * S::kLanes));
+    });
+    matches[t] = {xc, static_cast<float>(cc > 1 ? cc : 1)};
+  }
+}
+
+template <class S, class Codec, int D>
+int32_t encode_trellis(const kvpack::EncodeArgs& a, const Rotated* vectors) {
+  using namespace kvpack;
+  Match matches[kTile];
+  float scales[kTile];
+  search_tile<S, Codec, D>(a, vectors, 1.0F, a.scratch, matches);
+  for (int t = 0; t < kTile; ++t) scales[t] = scale_of(a.rule, vectors[t], matches[t], Codec::kUnit, D);
+  if (a.search) {
+    // Sequences of keys belong to one token each, those of values run through all of them: the gain is chosen per
+    // token or per tile.
+    const int each = a.side == Side::key ? 1 : kTile;
+    float best[kTile], other[kTile];
+    const auto error = [&](const float* s, int first) {
+      float sum = 0.0F;
+      for (int t = first; t < first + each; ++t) {
+        const float relative = error_of(s[t], matches[t], D) / vectors[t].n2;
+        sum = sum + (vectors[t].live ? relative : 0.0F);
+      }
+      return sum;
+    };
+    for (int t = 0; t < kTile; t += each) best[t] = error(scales, t);
+    alignas(64) uint8_t trial[kTile * D];
+    for (const float gain : kSearchGains) {
+      search_tile<S, Codec, D>(a, vectors, gain, trial, matches);
+      for (int t = 0; t < kTile; ++t) other[t] = scale_of(a.rule, vectors[t], matches[t], Codec::kUnit, D);
+      for (int t = 0; t < kTile; t += each) {
+        const float e = error(other, t);
+        if (e >= best[t]) continue;
+        best[t] = e;
+        for (int n = t; n < t + each; ++n) {
+          scales[n] = other[n];
+          __builtin_memcpy(a.scratch + n * D, trial + n * D, D);
+        }
+      }
+    }
+  }
+  int32_t status = 0;
+  for (int t = 0; t < kTile; ++t) {
+    a.tile.scales[t] = 0;
+    if (vectors[t].live) report(status, store_scale(scales[t], vectors[t].e, a.tile.scales + t), t);
+  }
+  return status;
+}
+
+// ggml's block formats. Scaling by a power of two first changes nothing but the range. `exponent` and `norm` belong to
+// a rotated vector: they go into its scale.
 template <class S, class Codec>
-int32_t encode_block(const float* x, uint8_t* codes, uint16_t* scale) {
+int32_t encode_block(const float* x, int n, int exponent, float norm, uint8_t* codes, uint16_t* scale) {
   using F = typename S::F;
-  constexpr int kBlock = Codec::kScaleBlock;
   constexpr bool kByte = Codec::kBits == 8;
+  constexpr auto kMiddle = static_cast<float>(1 << (Codec::kBits - 1));
   bool finite;
-  const float m = max_abs<S>(x, kBlock, finite);
+  const float m = max_abs<S>(x, n, finite);
   if (!finite) return kNonFinite;
   if (m == 0.0F) {
-    __builtin_memset(codes, kByte ? 128 : 8, kBlock);
+    __builtin_memset(codes, 1 << (Codec::kBits - 1), static_cast<size_t>(n));
     *scale = 0;
     return kCoded;
   }
   const PowerOfTwo power(m);
   float extreme = m;
   if constexpr (!kByte)
-    for (int i = 0; i < kBlock; ++i)
+    for (int i = 0; i < n; ++i)
       if (__builtin_fabsf(x[i]) == m) {
         extreme = x[i];
         break;
       }
-  const float step = extreme * power.down * power.down_again / (kByte ? 127.0F : -8.0F), inv = 1.0F / step;
-  for (int i = 0; i < kBlock; i += S::kLanes) {
+  const float step = extreme * power.down * power.down_again / (kByte ? 127.0F : -kMiddle), inv = 1.0F / step;
+  for (int i = 0; i < n; i += S::kLanes) {
     const F v = S::mul(S::mul(S::load(x + i), S::set1(power.down)), S::set1(power.down_again));
     const F y = S::mul(v, S::set1(inv));
     if constexpr (kByte)
       S::store_low_bytes(codes + i, S::add(S::round_even(y), S::set1(128.0F)));
     else
-      S::store_low_bytes(codes + i, S::min(S::truncate(S::add(y, S::set1(8.5F))), S::set1(15.0F)));
+      S::store_low_bytes(
+          codes + i, S::min(S::truncate(S::add(y, S::set1(kMiddle + 0.5F))), S::set1(2.0F * kMiddle - 1.0F)));
   }
-  return store_scale(step, power.e, scale);
+  return store_scale(Codec::kRotated ? step * norm : step, power.e + exponent, scale);
+}
+
+template <class S, class Codec>
+int32_t encode_blocks(const kvpack::EncodeArgs& a, const Rotated* vectors) {
+  using kvpack::kTile;
+  constexpr int kBlock = Codec::kScaleBlock;
+  const int blocks = kvpack::scale_blocks(kBlock, Codec::kBits, a.head_dim);
+  const float norm = unit_norm(a.head_dim);
+  int32_t status = 0;
+  for (int t = 0; t < kTile; ++t)
+    for (int b = 0; b < blocks; ++b) {
+      const int at = t * a.head_dim + b * kBlock, left = a.head_dim - b * kBlock;
+      const int e = vectors != nullptr ? vectors[t].e : 0;
+      report(status,
+             encode_block<S, Codec>(a.x + at, left < kBlock ? left : kBlock, e, norm, a.scratch + at,
+                                    a.tile.scales + b * kTile + t),
+             t);
+    }
+  return status;
 }
 
 template <class S, class Codec>
 int32_t encode(const kvpack::EncodeArgs& a) {
   using kvpack::kTile;
-  const int blocks = kvpack::scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   int32_t status = 0;
-  const auto report = [&status](int32_t outcome, int token) {
-    if (outcome != kCoded && status == 0) status = outcome == kNonFinite ? token + 1 : -(token + 1);
-  };
   if constexpr (Codec::kRotated) {
     for_head_dim(a.head_dim, [&]<int D>() {
-      for (int t = 0; t < kTile; ++t)
-        report(encode_rotated<S, Codec, D>(a.x + t * D, a.signs, a.rule, a.scratch + t * D, a.tile.scales + t), t);
+      Rotated vectors[kTile];
+      status = to_rotated<S, D>(a, vectors);
+      if (status != 0) return;
+      if constexpr (Codec::kTrellis)
+        status = encode_trellis<S, Codec, D>(a, vectors);
+      else if constexpr (Codec::kScaleRules)
+        status = encode_lloyd_max<S, Codec, D>(a, vectors);
+      else
+        status = encode_blocks<S, Codec>(a, vectors);
     });
   } else {
-    for (int t = 0; t < kTile; ++t)
-      for (int b = 0; b < blocks; ++b) {
-        const int at = t * a.head_dim + b * Codec::kScaleBlock;
-        report(encode_block<S, Codec>(a.x + at, a.scratch + at, a.tile.scales + b * kTile + t), t);
-      }
+    status = encode_blocks<S, Codec>(a, nullptr);
   }
-  if (status == 0) pack_codes<Codec::kBits>(a.scratch, a.head_dim, a.side, a.tile.codes);
+  if (status == 0) pack_codes<Codec::kBits, Codec::kTrellis>(a.scratch, a.head_dim, a.side, a.tile.codes);
   return status;
 }
 

@@ -40,11 +40,21 @@ inline void dwords_to_codes(const DwordMatrix& m, int head_dim, kvpack::Side sid
 
 constexpr uint32_t every_byte(uint32_t b) { return b * 0x01010101U; }
 
-// One unit of 16 lanes: c[j] are the dword rows of its depths.
-template <int Bits>
+// One unit of 16 lanes: c[j] are the dword rows of its depths. Stream: codes of 3 bits one after the other.
+template <int Bits, bool Stream>
 inline void pack_line(const uint32_t* const (&c)[kvpack::unit_dwords(Bits)], uint32_t* line) {
   for (int l = 0; l < 16; ++l) {
-    if constexpr (Bits == 3) {
+    if constexpr (Bits == 3 && Stream) {
+      line[l] = c[0][l] | c[1][l] << 3 | (c[2][l] & every_byte(0x03)) << 6;
+      line[16 + l] = c[2][l] >> 2 | c[3][l] << 1 | c[4][l] << 4 | (c[5][l] & every_byte(0x01)) << 7;
+      line[32 + l] = (c[5][l] >> 1 & every_byte(0x03)) | c[6][l] << 2 | c[7][l] << 5;
+    } else if constexpr (Bits == 5) {
+      uint32_t high = 0;
+      for (int j = 0; j < 8; ++j) high |= (c[j][l] >> 4 & every_byte(0x01)) << j;
+      for (int p = 0; p < 4; ++p)
+        line[16 * p + l] = (c[2 * p][l] & every_byte(0x0f)) | (c[2 * p + 1][l] & every_byte(0x0f)) << 4;
+      line[64 + l] = high;
+    } else if constexpr (Bits == 3) {
       const uint32_t rest = c[6][l] | c[7][l] << 3;
       line[l] = c[0][l] | c[1][l] << 3 | (rest & every_byte(0x03)) << 6;
       line[16 + l] = c[2][l] | c[3][l] << 3 | (rest & every_byte(0x0c)) << 4;
@@ -57,11 +67,25 @@ inline void pack_line(const uint32_t* const (&c)[kvpack::unit_dwords(Bits)], uin
   }
 }
 
-template <int Bits>
+template <int Bits, bool Stream>
 inline void unpack_line(const uint32_t* line, uint32_t* const (&c)[kvpack::unit_dwords(Bits)]) {
   constexpr uint32_t kMask = every_byte((1U << Bits) - 1);
   for (int l = 0; l < 16; ++l) {
-    if constexpr (Bits == 3) {
+    if constexpr (Bits == 3 && Stream) {
+      const uint32_t p = line[l], q = line[16 + l], r = line[32 + l];
+      c[0][l] = p & kMask;
+      c[1][l] = p >> 3 & kMask;
+      c[2][l] = (p >> 6 & every_byte(0x03)) | (q & every_byte(0x01)) << 2;
+      c[3][l] = q >> 1 & kMask;
+      c[4][l] = q >> 4 & kMask;
+      c[5][l] = (q >> 7 & every_byte(0x01)) | (r & every_byte(0x03)) << 1;
+      c[6][l] = r >> 2 & kMask;
+      c[7][l] = r >> 5 & kMask;
+    } else if constexpr (Bits == 5) {
+      for (int j = 0; j < 8; ++j)
+        c[j][l] = (line[16 * (j / 2) + l] >> 4 * (j % 2) & every_byte(0x0f)) |
+                  (line[64 + l] >> j & every_byte(0x01)) << 4;
+    } else if constexpr (Bits == 3) {
       const uint32_t p = line[l], q = line[16 + l], r = line[32 + l];
       const uint32_t rest = (p >> 6 & every_byte(0x03)) | (q >> 4 & every_byte(0x0c)) | (r >> 2 & every_byte(0x30));
       c[0][l] = p & kMask;
@@ -91,27 +115,27 @@ inline void for_each_line(const kvpack::CodeGrid& grid, Row* m, Line&& line) {
       }
 }
 
-template <int Bits>
+template <int Bits, bool Stream>
 void pack_codes(const uint8_t* codes, int head_dim, kvpack::Side side, uint8_t* packed) {
   alignas(64) DwordMatrix m;
   codes_to_dwords(codes, head_dim, side, m);
-  const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32).grid();
+  const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32, kvpack::Center::none).grid();
   for_each_line<Bits>(grid, static_cast<const uint32_t*>(m),
                       [&](size_t at, const uint32_t* const(&c)[kvpack::unit_dwords(Bits)]) {
                         alignas(64) uint32_t line[16 * kvpack::unit_lines(Bits)];
-                        pack_line<Bits>(c, line);
+                        pack_line<Bits, Stream>(c, line);
                         __builtin_memcpy(packed + at, line, sizeof line);
                       });
 }
 
-template <int Bits>
+template <int Bits, bool Stream>
 void unpack_codes(const uint8_t* packed, int head_dim, kvpack::Side side, uint8_t* codes) {
   alignas(64) DwordMatrix m;
-  const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32).grid();
+  const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32, kvpack::Center::none).grid();
   for_each_line<Bits>(grid, static_cast<uint32_t*>(m), [&](size_t at, uint32_t* const(&c)[kvpack::unit_dwords(Bits)]) {
     alignas(64) uint32_t line[16 * kvpack::unit_lines(Bits)];
     __builtin_memcpy(line, packed + at, sizeof line);
-    unpack_line<Bits>(line, c);
+    unpack_line<Bits, Stream>(line, c);
   });
   dwords_to_codes(m, head_dim, side, codes);
 }

@@ -59,16 +59,21 @@ void score(const kvpack::ScoreArgs& a) {
         I acc[G][kInFlight];
         for (int g = 0; g < G; ++g)
           for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(a.rows[g].offset[level][sb]);
+        const auto lane = [&](int u, int v) {
+          const int at = v0 + v;
+          return a.tile.codes + (static_cast<size_t>(u) * 4 + static_cast<size_t>(at / kPerBlock)) * kLines * kLine +
+                 at % kPerBlock * 4 * S::kLanes;
+        };
+        typename decltype(unpack)::Carry carry[kInFlight];
+        for (int v = 0; v < kInFlight; ++v) carry[v] = unpack.start(lane((sb + 1) * units - 1, v));
 #pragma GCC unroll 1
         for (int u = sb * units; u < (sb + 1) * units; ++u) {
-          const uint8_t* line = a.tile.codes + static_cast<size_t>(u) * 4 * kLines * kLine;
           unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
-            const int at = v0 + v;
-            const uint8_t* p = line + at / kPerBlock * kLines * kLine + at % kPerBlock * 4 * S::kLanes;
-            if (level == 0 && at % kPerBlock == 0)
+            const uint8_t* p = lane(u, v);
+            if (level == 0 && (v0 + v) % kPerBlock == 0)
               for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
             unpack(
-                p, [&](int j, I levels) __attribute__((always_inline)) {
+                p, carry[v], [&](int j, I levels) __attribute__((always_inline)) {
                   const typename S::Code code = S::expand(levels);
                   const int operand = (u * kDwords + j) * S::kOperandDwords;
                   unrolled<G>([&](int g) __attribute__((always_inline)) {

@@ -62,16 +62,21 @@ struct DenseArgs {
   int32_t out_stride, head_dim, tokens, group;
 };
 
+// Scratch of an encoder: the search of the trellis codecs.
+constexpr size_t kEncodeWorkspace = size_t{512} * 1024;
+
 // Encode and decode work on one side of one tile. status: 0 ok, else token + 1 of the offending vector, negative for
 // a scale that overflows fp16, positive for a non-finite input.
 struct EncodeArgs {
-  const float* x;  // [kTile][head_dim]
+  float* x;  // [kTile][head_dim]; rotated codecs overwrite it
   TileSide tile;
   uint8_t* scratch;    // [kTile][head_dim] codes
   const float* signs;  // [head_dim], +-1
   int32_t head_dim;
   Side side;
   Rule rule;
+  bool search;         // of the encode scale
+  uint8_t* workspace;  // kEncodeWorkspace bytes
 };
 struct DecodeArgs {
   ConstTileSide tile;
@@ -82,12 +87,28 @@ struct DecodeArgs {
   Side side;
 };
 
+// Gains that the search of the encode scale tries besides 1.
+inline constexpr float kSearchGains[6] = {0.88F, 0.92F, 0.96F, 1.04F, 1.08F, 1.12F};
+
+// The mean of a tile or of a row, for a group of query rows.
+struct MeanArgs {
+  const int8_t* mean;  // [head_dim]
+  float scale;
+  int32_t head_dim, group, stride;  // floats between the rows of query or out
+  const float* query;               // rotated rows: scores += query . mean
+  float* scores;                    // [group][kTile]; for values, the probabilities
+  float* out;                       // rows += sum of probabilities * mean
+};
+
 struct KernelTable {
   const char* name;
   void (*rotate)(float* x, int64_t rows, int32_t head_dim, const float* signs, bool inverse);
   void (*quantize_query)(const QuantizeQueryArgs&);
   void (*softmax)(const SoftmaxArgs&);
   void (*softcap)(float* scores, int32_t n, float cap);
+  void (*score_mean)(const MeanArgs&);
+  void (*accumulate_mean)(const MeanArgs&);
+  int32_t (*encode_mean)(const EncodeArgs&);
   void (*score[kCodecs][kMaxGroup])(const ScoreArgs&);
   void (*accumulate[kCodecs][kMaxGroup])(const AccumulateArgs&);
   void (*exact_score[3][kMaxGroup])(const ScoreArgs&);

@@ -1,6 +1,10 @@
 // From packed lines to level bytes: one unit of one lane vector. See format.h for where the fields lie.
+//
+// An unpacker is called unit by unit along the depth axis, and may carry something of a lane vector from unit to unit
+// (Carry, made by start() from the last unit of the lane vector: sequences are circular).
 #pragma once
 #include "codecs/all.h"
+#include "kernels/blocking.inl.h"
 #include "kvpack/format.h"
 
 namespace {
@@ -17,12 +21,17 @@ struct Unpacker {
   static constexpr auto kBytes = S::template table_bytes<kBits>(kLevels.level, kOffset);
   typename S::template Table<kBits> table = S::template load_table<kBits>(kBytes);
 
+  struct Carry {};
+  Carry start(const uint8_t* /*last*/) const { return {}; }
+
   // Calls use(j, levels) for the kDwords dwords of the unit at p.
   template <class Use>
-  [[gnu::always_inline]] void operator()(const uint8_t* p, Use&& use) const {
+  [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& /*carry*/, Use&& use) const {
     using I = typename S::I;
     const I a = S::load_bytes(p);
-    if constexpr (kBits == 4) {
+    if constexpr (kBits == 1) {
+      unrolled<8>([&](auto j) __attribute__((always_inline)) { use(j, S::template look_up<1, j>(table, a)); });
+    } else if constexpr (kBits == 4) {
       use(0, S::template look_up<4, 0>(table, a));
       use(1, S::template look_up<4, 4>(table, a));
     } else if constexpr (kBits == 2) {
@@ -49,14 +58,89 @@ struct Unpacker {
 };
 
 // 8 bits: level = code - 128, so the byte itself is the key level with offset 128.
-template <class S, kvpack::Side Sd>
-struct Unpacker<S, kvpack::Q8_0, Sd> {
+template <class S, class Codec, kvpack::Side Sd>
+  requires(Codec::kBits == 8)
+struct Unpacker<S, Codec, Sd> {
   static constexpr int kDwords = 1, kLines = 1;
+  struct Carry {};
+  Carry start(const uint8_t* /*last*/) const { return {}; }
   template <class Use>
-  [[gnu::always_inline]] void operator()(const uint8_t* p, Use&& use) const {
+  [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& /*carry*/, Use&& use) const {
     const typename S::I raw = S::load_bytes(p);
     constexpr bool offset = Sd == kvpack::Side::key && S::kKeyOffset == 128;
     use(0, offset ? raw : S::flip_sign_bit(raw));
+  }
+};
+
+// 5 bits: level = code - 16: four low bits, looked up, and 16 where the high bit is set.
+template <class S, class Codec, kvpack::Side Sd>
+  requires(Codec::kBits == 5)
+struct Unpacker<S, Codec, Sd> {
+  static constexpr int kDwords = 8, kLines = 5;
+  static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  static constexpr kvpack::LevelTable kLow{{-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1}};
+  static constexpr kvpack::LevelTable kHigh{{0, 16}};
+  static constexpr auto kLowBytes = S::template table_bytes<4>(kLow.level, kOffset);
+  static constexpr auto kHighBytes = S::template table_bytes<1>(kHigh.level, 0);
+  typename S::template Table<4> low = S::template load_table<4>(kLowBytes);
+  typename S::template Table<1> high = S::template load_table<1>(kHighBytes);
+  struct Carry {};
+  Carry start(const uint8_t* /*last*/) const { return {}; }
+  template <class Use>
+  [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& /*carry*/, Use&& use) const {
+    using I = typename S::I;
+    const I top = S::load_bytes(p + 4 * kvpack::kLine);
+    unrolled<4>([&](auto n) __attribute__((always_inline)) {
+      const I a = S::load_bytes(p + n * kvpack::kLine);
+      use(2 * n, S::add_bytes(S::template look_up<4, 0>(low, a), S::template look_up<1, 2 * n>(high, top)));
+      use(2 * n + 1, S::add_bytes(S::template look_up<4, 4>(low, a), S::template look_up<1, 2 * n + 1>(high, top)));
+    });
+  }
+};
+
+// Trellis codes: the bytes of a line are bit streams, 16 lanes x 4 byte columns of them. The window of the code that
+// ends at bit m of a byte takes bits of that byte and of the one before it, which is carried along; the byte before the
+// first one is the last of the byte column before (a rotation of the dword: columns are runs of one circular sequence).
+template <class S, class Codec, kvpack::Side Sd>
+  requires(Codec::kTrellis)
+struct Unpacker<S, Codec, Sd> {
+  using I = typename S::I;
+  static constexpr int kBits = Codec::kBits;
+  static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  static constexpr int kDwords = kvpack::unit_dwords(kBits), kLines = kvpack::unit_lines(kBits);
+  struct Levels {
+    alignas(64) int8_t at[128];
+    constexpr Levels() : at{} {
+      for (int i = 0; i < 128; ++i) at[i] = static_cast<int8_t>(Codec::kTable.level[i] + kOffset);
+    }
+  };
+  static constexpr Levels kLevels{};
+  typename S::Table128 table = S::load_table_128(kLevels.at);
+
+  struct Carry {
+    I before;
+  };
+  Carry start(const uint8_t* last) const {
+    return {S::rotate_dwords_8(S::load_bytes(last + (kLines - 1) * kvpack::kLine))};
+  }
+
+  template <class Use>
+  [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& carry, Use&& use) const {
+    I line[kLines + 1];
+    line[0] = carry.before;
+    for (int n = 0; n < kLines; ++n) line[n + 1] = S::load_bytes(p + n * kvpack::kLine);
+    unrolled<kDwords>([&](auto j) __attribute__((always_inline)) {
+      constexpr int kEnd = kBits * j + kBits - 1, kBit = kEnd % 8;
+      const I here = line[kEnd / 8 + 1], before = line[kEnd / 8];
+      I index = here;
+      if constexpr (kBit != 7)
+        index = S::template select_bits<(0xff << (7 - kBit)) & 0xff>(S::shift_left_16(here, 7 - kBit),
+                                                                     S::shift_right_16(before, kBit + 1));
+      const I change = S::exclusive_or(here, before);
+      const I signs = kBit == 7 ? change : S::shift_left_16(change, 7 - kBit);
+      use(j, S::negate_where_top_bit(S::look_up_128(table, index), signs));
+    });
+    carry.before = line[kLines];
   }
 };
 

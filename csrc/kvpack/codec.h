@@ -11,7 +11,7 @@ struct CodecInfo {
   int32_t id;
   std::string_view name;
   int32_t bits;  // per value, scales not counted; 0: the bits of the element
-  bool rotated;
+  bool rotated, scale_rules, trellis;
   int32_t scale_block;  // dims per scale, 0: the whole vector
   std::string_view what, source;
 };
@@ -33,13 +33,29 @@ struct Vectors {
 };
 
 // One side of one tile: `tokens` vectors, the rest of the tile filled with zeros. Throws on NaN and Inf, and where a
-// scale overflows fp16; `first_token` is added to token numbers in messages.
+// scale overflows fp16; `first_token` is added to token numbers in messages. Writes the mean of a side centred by tile;
+// reads that of a row.
 void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
+                 int64_t first_token);
+
+// The mean of a tile's vectors (those that are not all zeros) to out.mean, scale 0 if there is none; throws likewise.
+void encode_mean(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
                  int64_t first_token);
 
 // One side of one tile to `tokens` vectors of `dtype`, row stride in bytes.
 void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side, int32_t tokens, uint8_t* out,
                  Dtype dtype, ptrdiff_t stride);
+
+// Rows of tokens standing alone: n rows of `tokens` vectors, `stride` bytes between rows (tokens are contiguous).
+//   tiles: [n][ceil(tokens / 64)][layout.bytes()]     means: [n][layout.means_of(tiles)][layout.mean_bytes()]
+struct PackedRows {
+  uint8_t* tiles;
+  uint8_t* means;
+};
+void encode_rows(const Vectors& x, int64_t n, int64_t tokens, int64_t codec, int64_t head_dim, Side side,
+                 const PackedRows& out);
+void decode_rows(const PackedRows& packed, int64_t n, int64_t tokens, int64_t codec, int64_t head_dim, Side side,
+                 uint8_t* out, Dtype dtype);
 
 // Orthonormal randomized Hadamard rotation of rows, in place (inverse: its transpose).
 void rotate_rows(float* x, int64_t rows, int64_t head_dim, bool inverse);

@@ -2,10 +2,9 @@
 //
 // A tile is 64 consecutive tokens of one (layer, batch row, KV head). Its record in a page:
 //
-//   | K scales | V scales | K mean | V mean | K codes | V codes |      every section a multiple of 64 bytes
+//   | K scales | V scales | K codes | V codes |      every section a multiple of 64 bytes
 //
 //   scales   fp16 [scale block][token]: one row of 64 per scale block (none for `exact`)
-//   mean     room for an int8 mean (centring); zero bytes in version 1
 //   codes    lines of 64 bytes = 16 lanes x 4 depths
 //
 // Codes have a lane axis and a depth axis. Keys: lane = token, depth = dim. Values: lane = dim, depth = token. So a
@@ -17,14 +16,20 @@
 //                       low  4:  d0  d1  d2  d3   d0  d1  d2  d3       code << 0
 //                       high 4:  d4  d5  d6  d7   d4  d5  d6  d7       code << 4
 //
-// A *unit* is the run of depths that share one line (8, 4, 2 bits) or three (3 bits):
-//   8 bit: 1 dword of depths;  4 bit: 2;  2 bit: 4;  3 bit: 8, "6+2": dwords 0..5 lie two by two in bits 0..5 of
-//   planes 0..2, dwords 6 and 7 make 6 bits whose pairs fill bits 6..7 of the three planes.
+// A *unit* is the run of depths that share one line (8, 4, 2, 1 bits), three (3 bits) or five (5 bits):
+//   8 bit: 1 dword of depths;  4 bit: 2;  2 bit: 4;  1 bit: 8;
+//   3 bit: 8, "6+2": dwords 0..5 lie two by two in bits 0..5 of planes 0..2, dwords 6 and 7 make 6 bits whose pairs
+//     fill bits 6..7 of the three planes; trellis codes: a plain stream of 24 bits through the three planes;
+//   5 bit: 8: planes 0..3 hold the low four bits as at 4 bits, plane 4 the high bits as at 1 bit.
 // Lanes come in superblocks of 64 (the tile's tokens; 64 dims), inside one: [unit][lane block of 16][plane].
 //
 // `exact` stores elements: keys [dim][64 tokens], values [64 tokens][dim].
 //
-// Page: [KV head][slot 0..3][record].
+// Page: [KV head] | record of slot 0 | 1 | 2 | 3 | means |
+//
+//   means    int8 in the rotated domain, of the sides that are centred: | K means | V means | K scales | V scales |,
+//            each mean d bytes and an fp16 scale; four of a side centred by tile, one where the mean is the row's
+//            (every page of the row carries a copy); filled up to 64 bytes
 #pragma once
 #include "kvpack/types.h"
 
@@ -33,7 +38,7 @@ namespace kvpack {
 constexpr int32_t kFormatVersion = 1;
 
 constexpr int32_t unit_dwords(int32_t bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8; }
-constexpr int32_t unit_lines(int32_t bits) { return bits == 3 ? 3 : 1; }
+constexpr int32_t unit_lines(int32_t bits) { return bits == 3 || bits == 5 ? bits : 1; }
 
 // The shape of the code section of one side.
 struct CodeGrid {
@@ -53,44 +58,76 @@ struct CodeGrid {
 struct SideLayout {
   int32_t bits, scale_blocks, head_dim;
   Side side;
-  size_t scale_bytes, mean_bytes, code_bytes;
-  constexpr size_t bytes() const { return scale_bytes + mean_bytes + code_bytes; }
+  Center center;
+  size_t scale_bytes, code_bytes;
+  constexpr size_t bytes() const { return scale_bytes + code_bytes; }
+  // Means of a page, and of `tiles` tiles standing alone; each is mean_bytes() with its scale.
+  constexpr int32_t means() const { return center == Center::tile ? kPageTiles : center == Center::mean ? 1 : 0; }
+  constexpr int64_t means_of(int64_t tiles) const {
+    return center == Center::tile ? tiles : center == Center::mean ? (tiles + kPageTiles - 1) / kPageTiles : 0;
+  }
+  constexpr size_t mean_bytes() const { return static_cast<size_t>(head_dim) + 2; }
+  // Which of them is the mean of a tile.
+  constexpr int64_t mean_of(int64_t tile) const { return center == Center::tile ? tile : tile / kPageTiles; }
   constexpr CodeGrid grid() const {
     return side == Side::key ? CodeGrid{bits, kTile, head_dim} : CodeGrid{bits, head_dim, kTile};
   }
 };
 
-constexpr SideLayout side_layout(int32_t bits, int32_t scale_blocks, int32_t head_dim, Side side, Dtype dtype) {
+constexpr SideLayout side_layout(int32_t bits, int32_t scale_blocks, int32_t head_dim, Side side, Dtype dtype,
+                                 Center center) {
   const size_t values = static_cast<size_t>(kTile) * static_cast<size_t>(head_dim);
   return {bits,
           scale_blocks,
           head_dim,
           side,
+          center,
           static_cast<size_t>(scale_blocks) * kTile * 2,
-          0,
           bits == 0 ? values * static_cast<size_t>(dtype_bytes(dtype)) : values * static_cast<size_t>(bits) / 8};
 }
 
-// Offsets of the six sections of a record.
+// Offsets in the part of a page that belongs to one KV head.
 struct RecordLayout {
   SideLayout key, value;
   constexpr size_t key_scales() const { return 0; }
   constexpr size_t value_scales() const { return key.scale_bytes; }
-  constexpr size_t key_mean() const { return value_scales() + value.scale_bytes; }
-  constexpr size_t value_mean() const { return key_mean() + key.mean_bytes; }
-  constexpr size_t key_codes() const { return value_mean() + value.mean_bytes; }
+  constexpr size_t key_codes() const { return value_scales() + value.scale_bytes; }
   constexpr size_t value_codes() const { return key_codes() + key.code_bytes; }
   constexpr size_t bytes() const { return key.bytes() + value.bytes(); }
+
+  constexpr size_t means() const { return kPageTiles * bytes(); }
+  constexpr size_t means_bytes() const {
+    const size_t size = static_cast<size_t>(key.means()) * key.mean_bytes() +
+                        static_cast<size_t>(value.means()) * value.mean_bytes();
+    return (size + kLine - 1) / kLine * kLine;
+  }
+  constexpr size_t head_bytes() const { return means() + means_bytes(); }
+  // The mean of a side that serves `slot`, and its scale.
+  constexpr size_t mean(Side side, int64_t slot) const {
+    const size_t keys = side == Side::key ? 0 : static_cast<size_t>(key.means()) * static_cast<size_t>(key.head_dim);
+    const SideLayout& s = side == Side::key ? key : value;
+    return means() + keys + static_cast<size_t>(s.mean_of(slot)) * static_cast<size_t>(s.head_dim);
+  }
+  constexpr size_t mean_scale(Side side, int64_t slot) const {
+    const size_t codes = static_cast<size_t>(key.means()) * static_cast<size_t>(key.head_dim) +
+                         static_cast<size_t>(value.means()) * static_cast<size_t>(value.head_dim);
+    const size_t keys = side == Side::key ? 0 : static_cast<size_t>(key.means());
+    return means() + codes + 2 * (keys + static_cast<size_t>((side == Side::key ? key : value).mean_of(slot)));
+  }
 };
 
-// Pointers to the sections of one side of one tile.
+// Pointers to the sections of one side of one tile; the mean is null where there is none.
 struct TileSide {
   uint8_t* codes;
   uint16_t* scales;
+  int8_t* mean = nullptr;
+  uint16_t* mean_scale = nullptr;
 };
 struct ConstTileSide {
   const uint8_t* codes;
   const uint16_t* scales;
+  const int8_t* mean = nullptr;
+  const uint16_t* mean_scale = nullptr;
 };
 
 static_assert(CodeGrid{4, 64, 128}.superblock_bytes() == 4096 && CodeGrid{3, 128, 64}.line(1, 0, 0) == 1536);

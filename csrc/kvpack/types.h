@@ -8,6 +8,7 @@ namespace kvpack {
 enum class Side : int32_t { key = 0, value = 1 };
 enum class Dtype : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 enum class Rule : int32_t { stored = 0, norm = 1, mse = 2, unbiased = 3 };
+enum class Center : int32_t { none = 0, mean = 1, tile = 2 };
 enum class Precision : int32_t { standard = 0, high = 1 };
 
 constexpr int32_t kTile = 64;      // tokens of a full tile
@@ -18,15 +19,18 @@ constexpr int32_t kMaxScaleBlocks = kMaxHeadDim / 32;
 
 constexpr int32_t dtype_bytes(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
-// A codec with its options in one integer: id | rule << 8 | dtype << 16. The dtype matters to `exact` only, whose
-// tiles hold the model's own elements.
+// A codec with its options in one integer: id | rule << 8 | dtype << 16 | center << 24 | search << 28. The dtype matters
+// to `exact` only, whose tiles hold the model's own elements; search to encoders only.
 struct CodecCode {
   int32_t id;
   Rule rule;
   Dtype dtype;
+  Center center;
+  bool search;
   static constexpr CodecCode unpack(int64_t code) {
     return {static_cast<int32_t>(code & 0xff), static_cast<Rule>((code >> 8) & 0xff),
-            static_cast<Dtype>((code >> 16) & 0xff)};
+            static_cast<Dtype>((code >> 16) & 0xff), static_cast<Center>((code >> 24) & 0xf),
+            ((code >> 28) & 1) != 0};
   }
 };
 

@@ -48,6 +48,32 @@ struct Avx2 {
     const I field = Pos == 0 ? raw : _mm256_srli_epi16(raw, Pos);
     return _mm256_shuffle_epi8(t.level, _mm256_and_si256(field, _mm256_set1_epi8((1 << Bits) - 1)));
   }
+  static I shift_left_16(I v, int n) { return _mm256_slli_epi16(v, n); }
+  static I rotate_dwords_8(I v) { return _mm256_or_si256(_mm256_slli_epi32(v, 8), _mm256_srli_epi32(v, 24)); }
+  static I exclusive_or(I a, I b) { return _mm256_xor_si256(a, b); }
+  static I add_bytes(I a, I b) { return _mm256_add_epi8(a, b); }
+  // Eight shuffles by the low nibble, seven blends by bits 4, 5 and 6, each shifted to the top.
+  struct Table128 {
+    I part[8];
+  };
+  static Table128 load_table_128(const int8_t* level) {
+    Table128 t;
+    for (int i = 0; i < 8; ++i)
+      t.part[i] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(level + 16 * i)));
+    return t;
+  }
+  [[gnu::always_inline]] static I look_up_128(const Table128& t, I raw) {
+    const I low = _mm256_and_si256(raw, _mm256_set1_epi8(0x0f));
+    const I bit4 = _mm256_slli_epi16(raw, 3), bit5 = _mm256_slli_epi16(raw, 2), bit6 = _mm256_slli_epi16(raw, 1);
+    const auto pair = [&](int i) {
+      return _mm256_blendv_epi8(_mm256_shuffle_epi8(t.part[i], low), _mm256_shuffle_epi8(t.part[i + 1], low), bit4);
+    };
+    return _mm256_blendv_epi8(_mm256_blendv_epi8(pair(0), pair(2), bit5), _mm256_blendv_epi8(pair(4), pair(6), bit5),
+                              bit6);
+  }
+  static I negate_where_top_bit(I v, I signs) {
+    return negate_bytes(v, _mm256_cmpgt_epi8(_mm256_setzero_si256(), signs));
+  }
   static I flip_sign_bit(I v) { return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80))); }
   static I negate_bytes(I v, I mask) { return _mm256_sub_epi8(_mm256_xor_si256(v, mask), mask); }
   static Code expand(I levels) {

@@ -45,6 +45,35 @@ struct Avx512Vnni {
     const I field = Pos == 0 ? raw : _mm512_srli_epi16(raw, Pos);
     return _mm512_shuffle_epi8(t.level, _mm512_and_si512(field, _mm512_set1_epi8((1 << Bits) - 1)));
   }
+  static I shift_left_16(I v, int n) { return _mm512_slli_epi16(v, static_cast<unsigned>(n)); }
+  static I rotate_dwords_8(I v) { return _mm512_rol_epi32(v, 8); }
+  static I exclusive_or(I a, I b) { return _mm512_xor_si512(a, b); }
+  static I add_bytes(I a, I b) { return _mm512_add_epi8(a, b); }
+  // Eight shuffles by the low nibble, half of them merging by bit 4, and three blends.
+  struct Table128 {
+    I part[8];
+  };
+  static Table128 load_table_128(const int8_t* level) {
+    Table128 t;
+    for (int i = 0; i < 8; ++i)
+      t.part[i] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(level + 16 * i)));
+    return t;
+  }
+  [[gnu::always_inline]] static I look_up_128(const Table128& t, I raw) {
+    const I low = _mm512_and_si512(raw, _mm512_set1_epi8(0x0f));
+    const auto bit = [raw](int n) {
+      return _mm512_test_epi8_mask(raw, _mm512_set1_epi8(static_cast<char>(1 << n)));
+    };
+    const __mmask64 bit4 = bit(4), bit5 = bit(5);
+    const auto pair = [&](int i) {
+      return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.part[i], low), bit4, t.part[i + 1], low);
+    };
+    return _mm512_mask_blend_epi8(bit(6), _mm512_mask_blend_epi8(bit5, pair(0), pair(2)),
+                                  _mm512_mask_blend_epi8(bit5, pair(4), pair(6)));
+  }
+  static I negate_where_top_bit(I v, I signs) {
+    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), v);
+  }
   static I flip_sign_bit(I v) { return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(0x80))); }
   static I negate_bytes(I v, I mask) { return _mm512_sub_epi8(_mm512_xor_si512(v, mask), mask); }
   static Code expand(I levels) { return levels; }
@@ -153,6 +182,13 @@ struct Avx512Vbmi : Avx512Vnni {
     if constexpr (Pos + Bits <= 6) return _mm512_permutexvar_epi8(raw, t.at[Pos / Bits]);
     return _mm512_permutexvar_epi8(_mm512_srli_epi16(raw, Pos), t.at[0]);
   }
+  struct Table128 {
+    I low, high;
+  };
+  static Table128 load_table_128(const int8_t* level) {
+    return {_mm512_load_si512(level), _mm512_load_si512(level + 64)};
+  }
+  static I look_up_128(const Table128& t, I raw) { return _mm512_permutex2var_epi8(t.low, raw, t.high); }
 };
 #endif
 

@@ -54,6 +54,28 @@ struct Neon {
     if constexpr (Pos + Bits < 8) field = vandq_u8(field, vdupq_n_u8((1 << Bits) - 1));
     return vreinterpretq_s32_s8(vqtbl1q_s8(t.level, field));
   }
+  static I shift_left_16(I v, int n) {
+    return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(v), vdupq_n_s16(static_cast<int16_t>(n))));
+  }
+  static I rotate_dwords_8(I v) {
+    const uint32x4_t u = vreinterpretq_u32_s32(v);
+    return vreinterpretq_s32_u32(vsriq_n_u32(vshlq_n_u32(u, 8), u, 24));
+  }
+  static I exclusive_or(I a, I b) { return veorq_s32(a, b); }
+  static I add_bytes(I a, I b) { return from(vaddq_u8(bytes(a), bytes(b))); }
+  struct Table128 {
+    int8x16x4_t low, high;
+  };
+  static Table128 load_table_128(const int8_t* level) { return {vld1q_s8_x4(level), vld1q_s8_x4(level + 64)}; }
+  // An index beyond 63 gives 0 in the first look-up and keeps that result in the second.
+  static I look_up_128(const Table128& t, I raw) {
+    const uint8x16_t index = vandq_u8(bytes(raw), vdupq_n_u8(0x7f));
+    const int8x16_t low = vqtbl4q_s8(t.low, index);
+    return vreinterpretq_s32_s8(vqtbx4q_s8(low, t.high, vsubq_u8(index, vdupq_n_u8(64))));
+  }
+  static I negate_where_top_bit(I v, I signs) {
+    return negate_bytes(v, vreinterpretq_s32_s8(vshrq_n_s8(vreinterpretq_s8_s32(signs), 7)));
+  }
   static I flip_sign_bit(I v) { return from(veorq_u8(bytes(v), vdupq_n_u8(0x80))); }
   static I negate_bytes(I v, I mask) { return from(vsubq_u8(veorq_u8(bytes(v), bytes(mask)), bytes(mask))); }
   static Code expand(I levels) { return vreinterpretq_s8_s32(levels); }

@@ -11,6 +11,8 @@
 //   kOperandDwords        dwords per four depths of a broadcast operand
 //   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
 //   look_up<Bits, Pos>    level bytes of the field at bit Pos of every byte
+//   look_up_128           level bytes of a table of 128, by bits 0..6 of every byte
+//   negate_where_top_bit  -v where the top bit of the other byte is set
 //   negate_bytes          -v where the mask byte is 0xff, v where it is 0
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
 //   hadamard_in_lane      butterfly stages with strides kLanes/2 .. 1
@@ -69,6 +71,20 @@ struct Scalar {
     }
     return out;
   }
+  static I shift_left_16(I v, int n) { return ((v & 0xffffU) << n & 0xffffU) | ((v >> 16) << n) << 16; }
+  static I rotate_dwords_8(I v) { return v << 8 | v >> 24; }
+  static I exclusive_or(I a, I b) { return a ^ b; }
+  static I add_bytes(I a, I b) {
+    return ((a & 0x7f7f7f7fU) + (b & 0x7f7f7f7fU)) ^ ((a ^ b) & 0x80808080U);
+  }
+  using Table128 = const int8_t*;
+  static Table128 load_table_128(const int8_t* level) { return level; }
+  static I look_up_128(Table128 t, I raw) {
+    I out = 0;
+    for (int e = 0; e < 32; e += 8) out |= static_cast<I>(static_cast<uint8_t>(t[(raw >> e) & 0x7fU])) << e;
+    return out;
+  }
+  static I negate_where_top_bit(I v, I signs) { return negate_bytes(v, ((signs >> 7) & 0x01010101U) * 0xffU); }
   static I flip_sign_bit(I v) { return v ^ 0x80808080U; }
   static I negate_bytes(I v, I mask) {
     I out = 0;

@@ -1,0 +1,188 @@
+// What encoders share: the maximum, the power of two that is taken out, sums in a fixed order, fp16 scales, and the
+// first phase of every rotated codec: vectors of a tile to the rotated domain, centred if there is a mean.
+//
+// Codes and scales are bit-identical on every level. So the order of float32 operations is fixed (docs/format.md
+// section 5 numbers the steps), nothing is contracted into FMAs, and the caller switches flush-to-zero off.
+// Sums run in 16 lanes, multiply then add, and end in the tree l+8, l+4, l+2, l+1.
+#pragma once
+#include "kernels/fwht.inl.h"
+#include "simd/half.h"
+
+namespace {
+
+// What an encoder reports for a vector: 0, or the reason why it cannot be coded.
+enum : int32_t { kCoded = 0, kNonFinite = 1, kScaleOverflow = 2 };
+
+// The status of a tile: that of the first vector that cannot be coded (EncodeArgs).
+inline void report(int32_t& status, int32_t outcome, int token) {
+  if (outcome != kCoded && status == 0) status = outcome == kNonFinite ? token + 1 : -(token + 1);
+}
+
+template <class S>
+float max_abs(const float* x, int n, bool& finite) {
+  typename S::F max = S::zero(), check = S::zero();
+  for (int i = 0; i < n; i += S::kLanes) {
+    const auto v = S::load(x + i);
+    max = S::max(S::abs(v), max);
+    check = S::fma(v, S::zero(), check);  // NaN as soon as one element is not finite
+  }
+  finite = S::reduce_add(check) == 0.0F;
+  return S::reduce_max(max);
+}
+
+// 2^-e with 2^e <= m < 2^(e+1), as two factors: the second is needed where 2^-e exceeds the float range.
+struct PowerOfTwo {
+  int e;
+  float down, down_again;
+  explicit PowerOfTwo(float m) {
+    int exponent;
+    __builtin_frexpf(m, &exponent);
+    e = exponent - 1;
+    down = __builtin_ldexpf(1.0F, e < -127 ? 127 : -e);
+    down_again = e < -127 ? __builtin_ldexpf(1.0F, -e - 127) : 1.0F;
+  }
+};
+
+// scale * 2^e in fp16.
+inline int32_t store_scale(float scale, int e, uint16_t* out) {
+  const uint16_t half = float_to_half(__builtin_ldexpf(scale, e));
+  *out = half;
+  return (half & 0x7c00U) == 0x7c00U ? kScaleOverflow : kCoded;
+}
+
+template <class S>
+struct LaneSum {
+  static constexpr int kParts = 16 / S::kLanes;
+  typename S::F part[kParts];
+  void start(int i, typename S::F product) { part[i] = product; }
+  void next(int i, typename S::F product) { part[i] = S::add(part[i], product); }
+  float total() const {
+    alignas(64) float l[16];
+    for (int i = 0; i < kParts; ++i) S::store(l + i * S::kLanes, part[i]);
+    for (int step = 8; step >= 1; step /= 2)
+      for (int i = 0; i < step; ++i) l[i] = l[i] + l[i + step];
+    return l[0];
+  }
+  template <int D, class Product>
+  static float over(Product&& product) {
+    LaneSum sum;
+    for (int i = 0; i < D / S::kLanes; ++i) i < kParts ? sum.start(i, product(i)) : sum.next(i % kParts, product(i));
+    return sum.total();
+  }
+};
+
+// float32(1 / sqrt(d)): from the unnormalised transform to the orthonormal one.
+inline float unit_norm(int head_dim) {
+  return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(head_dim)));
+}
+
+// A vector in the rotated domain: y = FWHT(s x 2^-e), not normalised, less the mean if there is one. n2 = |y|^2 / d.
+struct Rotated {
+  float n2, r;
+  int e;
+  bool live;  // not all zeros
+};
+
+template <class S, int D>
+[[gnu::always_inline]] inline void rotate_scaled(const float* x, const PowerOfTwo& power, const float* signs,
+                                                 typename S::F (&v)[D / S::kLanes], float* n2) {
+  for (int i = 0; i < D / S::kLanes; ++i)
+    v[i] = S::mul(S::mul(S::load(x + i * S::kLanes), S::set1(power.down)), S::set1(power.down_again));
+  if (n2 != nullptr) *n2 = LaneSum<S>::template over<D>([&](int i) { return S::mul(v[i], v[i]); });
+  for (int i = 0; i < D / S::kLanes; ++i) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));
+  fwht<S, D>(v);
+}
+
+// Turns the rows of a.x into their y, in place.
+template <class S, int D>
+int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
+  using kvpack::kTile;
+  constexpr int kVectors = D / S::kLanes;
+  int32_t status = 0;
+  float top = 0.0F, each[kTile];
+  for (int t = 0; t < kTile; ++t) {
+    bool finite;
+    each[t] = max_abs<S>(a.x + t * D, D, finite);
+    if (!finite) report(status, kNonFinite, t);
+    top = each[t] > top ? each[t] : top;
+  }
+  if (status != 0) return status;
+  typename S::F v[kVectors];
+  if (a.tile.mean == nullptr) {
+    for (int t = 0; t < kTile; ++t) {
+      if (each[t] == 0.0F) {
+        out[t] = {1.0F, 1.0F, 0, false};
+        continue;  // y is zero, too
+      }
+      const PowerOfTwo power(each[t]);
+      rotate_scaled<S, D>(a.x + t * D, power, a.signs, v, &out[t].n2);
+      for (int i = 0; i < kVectors; ++i) S::store(a.x + t * D + i * S::kLanes, v[i]);
+      out[t] = {out[t].n2, __builtin_sqrtf(out[t].n2), power.e, true};
+    }
+    return 0;
+  }
+  const float step = half_to_float(*a.tile.mean_scale), m = top > step ? top : step;
+  const PowerOfTwo power(m == 0.0F ? 1.0F : m);
+  const float unit = step * power.down * power.down_again *
+                     static_cast<float>(__builtin_sqrt(static_cast<double>(D)));
+  alignas(64) float mean[D];
+  for (int i = 0; i < D; ++i) mean[i] = unit * static_cast<float>(a.tile.mean[i]);
+  for (int t = 0; t < kTile; ++t) {
+    rotate_scaled<S, D>(a.x + t * D, power, a.signs, v, nullptr);
+    for (int i = 0; i < kVectors; ++i) {
+      v[i] = S::sub(v[i], S::load(mean + i * S::kLanes));
+      S::store(a.x + t * D + i * S::kLanes, v[i]);
+    }
+    const float n2 = LaneSum<S>::template over<D>([&](int i) { return S::mul(v[i], v[i]); }) *
+                     static_cast<float>(1.0 / D);
+    out[t] = n2 > 0.0F ? Rotated{n2, __builtin_sqrtf(n2), power.e, true} : Rotated{1.0F, 1.0F, 0, false};
+  }
+  return 0;
+}
+
+// The mean of the vectors of a tile that are not all zeros (padding is), in the rotated domain, as int8 with a scale.
+template <class S, int D>
+int32_t encode_mean_of(const kvpack::EncodeArgs& a) {
+  using kvpack::kTile;
+  int32_t status = 0;
+  float top = 0.0F;
+  int tokens = 0;
+  for (int t = 0; t < kTile; ++t) {
+    bool finite;
+    const float m = max_abs<S>(a.x + t * D, D, finite);
+    if (!finite) report(status, kNonFinite, t);
+    top = m > top ? m : top;
+    tokens += m > 0.0F ? 1 : 0;
+  }
+  if (status != 0) return status;
+  __builtin_memset(a.tile.mean, 0, D);
+  *a.tile.mean_scale = 0;
+  if (tokens == 0) return 0;
+  const PowerOfTwo power(top);
+  typename S::F sum[D / S::kLanes];
+  const auto share = S::set1(1.0F / static_cast<float>(tokens));
+  for (int i = 0; i < D / S::kLanes; ++i) {
+    sum[i] = S::zero();
+    for (int t = 0; t < kTile; ++t)
+      sum[i] = S::add(sum[i], S::mul(S::mul(S::load(a.x + t * D + i * S::kLanes), S::set1(power.down)),
+                                     S::set1(power.down_again)));
+    sum[i] = S::mul(S::mul(sum[i], share), S::load(a.signs + i * S::kLanes));
+  }
+  fwht<S, D>(sum);
+  alignas(64) float y[D];
+  for (int i = 0; i < D / S::kLanes; ++i) S::store(y + i * S::kLanes, sum[i]);
+  bool finite;
+  const float peak = max_abs<S>(y, D, finite);
+  if (peak < 0x1p-100F) return 0;
+  const float step = peak / 127.0F, inv = 1.0F / step;
+  for (int i = 0; i < D; ++i) a.tile.mean[i] = static_cast<int8_t>(__builtin_nearbyintf(y[i] * inv));
+  if (store_scale(step * unit_norm(D), power.e, a.tile.mean_scale) != kCoded) status = -1;
+  return status;
+}
+
+template <class S>
+int32_t encode_mean(const kvpack::EncodeArgs& a) {
+  return for_head_dim(a.head_dim, [&]<int D>() { return encode_mean_of<S, D>(a); });
+}
+
+}  // namespace
