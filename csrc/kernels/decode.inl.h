@@ -11,7 +11,8 @@ template <class S, class Codec>
 void decode(const kvpack::DecodeArgs& a) {
   using kvpack::kTile;
   unpack_codes<Codec::kBits>(a.tile.codes, a.head_dim, a.side, a.scratch);
-  const int blocks = kvpack::scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim), block = a.head_dim / blocks;
+  const int blocks = kvpack::scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
+  const int block = Codec::kScaleBlock == 0 ? a.head_dim : Codec::kScaleBlock;
   constexpr kvpack::LevelTable levels = Codec::kLevels;
   float level[256];
   for (int c = 0; c < 1 << Codec::kBits; ++c)
@@ -19,8 +20,8 @@ void decode(const kvpack::DecodeArgs& a) {
   for (int t = 0; t < kTile; ++t)
     for (int b = 0; b < blocks; ++b) {
       const float scale = half_to_float(a.tile.scales[b * kTile + t]);
-      const int at = t * a.head_dim + b * block;
-      for (int i = 0; i < block; ++i) a.x[at + i] = scale * level[a.scratch[at + i]];
+      const int at = t * a.head_dim, end = (b + 1) * block < a.head_dim ? (b + 1) * block : a.head_dim;
+      for (int i = b * block; i < end; ++i) a.x[at + i] = scale * level[a.scratch[at + i]];
     }
   if constexpr (Codec::kRotated) rotate<S>(a.x, kTile, a.head_dim, a.signs, true);
 }

@@ -97,7 +97,7 @@ int32_t encode_rotated(const float* x, const float* signs, kvpack::Rule rule, ui
   const float n2 = LaneSum<S>::template over<D>([&](int i) { return S::mul(v[i], v[i]); });  // 3
   const float r = __builtin_sqrtf(n2);
   for (int i = 0; i < kVectors; ++i) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));  // 4
-  fwht<S, D>(v);
+  hadamard<S, D>(v);
   const F inv = S::set1(1.0F / r);  // 5
   F q[kVectors], square = S::zero();
   for (int i = 0; i < kVectors; ++i) {
@@ -121,30 +121,29 @@ int32_t encode_rotated(const float* x, const float* signs, kvpack::Rule rule, ui
   return store_scale(scale_of(rule, r, n2, xc, cc, Codec::kUnit, D), power.e, scale);  // 7, 8
 }
 
-// ggml's block formats. Scaling by a power of two first changes nothing but the range.
+// ggml's block formats; the last block may be shorter. Scaling by a power of two first changes nothing but the range.
 template <class S, class Codec>
-int32_t encode_block(const float* x, uint8_t* codes, uint16_t* scale) {
+int32_t encode_block(const float* x, int values, uint8_t* codes, uint16_t* scale) {
   using F = typename S::F;
-  constexpr int kBlock = Codec::kScaleBlock;
   constexpr bool kByte = Codec::kBits == 8;
   bool finite;
-  const float m = max_abs<S>(x, kBlock, finite);
+  const float m = max_abs<S>(x, values, finite);
   if (!finite) return kNonFinite;
   if (m == 0.0F) {
-    __builtin_memset(codes, kByte ? 128 : 8, kBlock);
+    __builtin_memset(codes, kByte ? 128 : 8, static_cast<size_t>(values));
     *scale = 0;
     return kCoded;
   }
   const PowerOfTwo power(m);
   float extreme = m;
   if constexpr (!kByte)
-    for (int i = 0; i < kBlock; ++i)
+    for (int i = 0; i < values; ++i)
       if (__builtin_fabsf(x[i]) == m) {
         extreme = x[i];
         break;
       }
   const float step = extreme * power.down * power.down_again / (kByte ? 127.0F : -8.0F), inv = 1.0F / step;
-  for (int i = 0; i < kBlock; i += S::kLanes) {
+  for (int i = 0; i < values; i += S::kLanes) {
     const F v = S::mul(S::mul(S::load(x + i), S::set1(power.down)), S::set1(power.down_again));
     const F y = S::mul(v, S::set1(inv));
     if constexpr (kByte)
@@ -171,8 +170,9 @@ int32_t encode(const kvpack::EncodeArgs& a) {
   } else {
     for (int t = 0; t < kTile; ++t)
       for (int b = 0; b < blocks; ++b) {
-        const int at = t * a.head_dim + b * Codec::kScaleBlock;
-        report(encode_block<S, Codec>(a.x + at, a.scratch + at, a.tile.scales + b * kTile + t), t);
+        const int first = b * Codec::kScaleBlock, at = t * a.head_dim + first;
+        const int values = a.head_dim - first < Codec::kScaleBlock ? a.head_dim - first : Codec::kScaleBlock;
+        report(encode_block<S, Codec>(a.x + at, values, a.scratch + at, a.tile.scales + b * kTile + t), t);
       }
   }
   if (status == 0) pack_codes<Codec::kBits>(a.scratch, a.head_dim, a.side, a.tile.codes);

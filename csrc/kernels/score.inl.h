@@ -21,12 +21,13 @@ void quantize_query(const kvpack::QuantizeQueryArgs& a) {
   alignas(64) uint8_t level[2][kMaxHeadDim];
   for (int sb = 0; sb * block < a.head_dim; ++sb) {
     const float* q = a.query + sb * block;
+    const int dims = a.head_dim - sb * block < block ? a.head_dim - sb * block : block;  // the last block may be short
     F top = S::zero();
-    for (int i = 0; i < block; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
+    for (int i = 0; i < dims; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
     const float max = S::reduce_max(top), step = max / 127.0F;
     const F inv = S::set1(max > 0.0F ? 127.0F / max : 0.0F);
     F sum[2] = {S::zero(), S::zero()};
-    for (int i = 0; i < block; i += S::kLanes) {
+    for (int i = 0; i < dims; i += S::kLanes) {
       const F v = S::mul(S::load(q + i), inv), first = S::round_even(v);
       const F second = S::round_even(S::mul(S::sub(v, first), S::set1(254.0F)));
       S::store_low_bytes(level[0] + i, first);
@@ -35,7 +36,7 @@ void quantize_query(const kvpack::QuantizeQueryArgs& a) {
       sum[1] = S::add(sum[1], second);
     }
     for (int n = 0; n < 2; ++n) {
-      for (int i = 0; i < block; i += 4)
+      for (int i = 0; i < dims; i += 4)
         S::template pack_operand<Side::key>(level[n] + i, a.row->operand[n] + (sb * block + i) / 4 * S::kOperandDwords);
       a.row->scale[n][sb] = n == 0 ? step : step / 254.0F;
       a.row->offset[n][sb] = -S::kKeyOffset * static_cast<int>(S::reduce_add(sum[n]));
@@ -51,7 +52,8 @@ void score(const kvpack::ScoreArgs& a) {
   const Unpacker<S, Codec, Side::key> unpack;
   constexpr int kDwords = decltype(unpack)::kDwords, kLines = decltype(unpack)::kLines;
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
-  const int units = a.head_dim / blocks / (4 * kDwords);
+  const CodeGrid grid{Codec::kBits, kTile, a.head_dim};
+  const int units = blocks == 1 ? grid.units() : Codec::kScaleBlock / (4 * kDwords);  // of a scale block
   const uint8_t* ahead = a.ahead;
   for (int level = 0; level < a.levels; ++level) {
     for (int v0 = 0; v0 < kVectors; v0 += kInFlight) {
@@ -59,8 +61,16 @@ void score(const kvpack::ScoreArgs& a) {
         I acc[G][kInFlight];
         for (int g = 0; g < G; ++g)
           for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(a.rows[g].offset[level][sb]);
+        const auto meet = [&](int v, int dword, I levels) __attribute__((always_inline)) {
+          const typename S::Code code = S::expand(levels);
+          const int operand = dword * S::kOperandDwords;
+          unrolled<G>([&](int g) __attribute__((always_inline)) {
+            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
+          });
+        };
+        const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();
 #pragma GCC unroll 1
-        for (int u = sb * units; u < (sb + 1) * units; ++u) {
+        for (int u = sb * units; u < end; ++u) {
           const uint8_t* line = a.tile.codes + static_cast<size_t>(u) * 4 * kLines * kLine;
           unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
             const int at = v0 + v;
@@ -68,15 +78,21 @@ void score(const kvpack::ScoreArgs& a) {
             if (level == 0 && at % kPerBlock == 0)
               for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
             unpack(
-                p, [&](int j, I levels) __attribute__((always_inline)) {
-                  const typename S::Code code = S::expand(levels);
-                  const int operand = (u * kDwords + j) * S::kOperandDwords;
-                  unrolled<G>([&](int g) __attribute__((always_inline)) {
-                    acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
-                  });
-                });
+                p, [&](int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
           });
         }
+        if constexpr (kDwords == 8)  // the unit that two lane blocks share: each meets its own half
+          if (grid.shares())
+            unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
+              const int at = v0 + v, block = at / kPerBlock;
+              const uint8_t* p = a.tile.codes + grid.shared_line(0, block / 2) + at % kPerBlock * 4 * S::kLanes;
+              if (level == 0 && at % (2 * kPerBlock) == 0)
+                for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
+              unpack(
+                  p, [&](int j, I levels) __attribute__((always_inline)) {
+                    if (j / 4 == block % 2) meet(v, end * kDwords + j % 4, levels);
+                  });
+            });
         for (int v = 0; v < kInFlight; ++v) {
           const int token = (v0 + v) * S::kLanes;
           const auto scale = S::template load_element<Dtype::f16>(

@@ -71,6 +71,11 @@ struct Avx2 {
   }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
+  template <int Width>
+  static F load_repeated(const float* p) {
+    if constexpr (Width == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    return load(p);
+  }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F set1(float v) { return _mm256_set1_ps(v); }
   static F zero() { return _mm256_setzero_ps(); }
@@ -107,8 +112,10 @@ struct Avx2 {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
   }
+  template <int Width>
   static F hadamard_in_lane(F v) {
-    v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 1));
+    if constexpr (Width > 4)
+      v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 1));
     v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(v, 0x4E));
     return _mm256_fmadd_ps(v, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(v, 0xB1));
   }

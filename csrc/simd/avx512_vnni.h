@@ -69,6 +69,12 @@ struct Avx512Vnni {
   }
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
+  template <int Width>
+  static F load_repeated(const float* p) {
+    if constexpr (Width == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    if constexpr (Width == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    return load(p);
+  }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F set1(float v) { return _mm512_set1_ps(v); }
   static F zero() { return _mm512_setzero_ps(); }
@@ -96,10 +102,13 @@ struct Avx512Vnni {
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
   static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
   // Strides 8, 4, 2, 1: the partner's value plus or minus our own. The multiplication by +-1 is exact.
+  template <int Width>
   static F hadamard_in_lane(F v) {
     const F p = _mm512_set1_ps(1.0F), n = _mm512_set1_ps(-1.0F);
-    v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xff00, p, n), _mm512_shuffle_f32x4(v, v, 0x4E));
-    v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xf0f0, p, n), _mm512_shuffle_f32x4(v, v, 0xB1));
+    if constexpr (Width > 8)
+      v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xff00, p, n), _mm512_shuffle_f32x4(v, v, 0x4E));
+    if constexpr (Width > 4)
+      v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xf0f0, p, n), _mm512_shuffle_f32x4(v, v, 0xB1));
     v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xcccc, p, n), _mm512_permute_ps(v, 0x4E));
     return _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xaaaa, p, n), _mm512_permute_ps(v, 0xB1));
   }

@@ -70,6 +70,10 @@ struct Neon {
   }
 
   static F load(const float* p) { return vld1q_f32(p); }
+  template <int>
+  static F load_repeated(const float* p) {
+    return load(p);
+  }
   static void store(float* p, F v) { vst1q_f32(p, v); }
   static F set1(float v) { return vdupq_n_f32(v); }
   static F zero() { return vdupq_n_f32(0.0F); }
@@ -97,7 +101,9 @@ struct Neon {
   }
   static float reduce_max(F v) { return vmaxvq_f32(v); }
   static float reduce_add(F v) { return vaddvq_f32(v); }
+  template <int Width>
   static F hadamard_in_lane(F v) {
+    static_assert(Width == 4);
     const float swap_signs[2][4] = {{1, 1, -1, -1}, {1, -1, 1, -1}};
     v = vfmaq_f32(vextq_f32(v, v, 2), v, vld1q_f32(swap_signs[0]));
     return vfmaq_f32(vrev64q_f32(v), v, vld1q_f32(swap_signs[1]));

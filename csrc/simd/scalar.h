@@ -13,7 +13,8 @@
 //   look_up<Bits, Pos>    level bytes of the field at bit Pos of every byte
 //   negate_bytes          -v where the mask byte is 0xff, v where it is 0
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
-//   hadamard_in_lane      butterfly stages with strides kLanes/2 .. 1
+//   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
+//   load_repeated<W>      W floats, over and over
 //   add_where_greater     acc + (a > b ? inc : 0)
 //   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
 //   load_element<dtype>   kLanes elements as floats
@@ -98,6 +99,10 @@ struct Scalar {
   }
 
   static F load(const float* p) { return *p; }
+  template <int>
+  static F load_repeated(const float* p) {
+    return load(p);
+  }
   static void store(float* p, F v) { *p = v; }
   static F set1(float v) { return v; }
   static F zero() { return 0.0F; }
@@ -118,7 +123,10 @@ struct Scalar {
   static F zero_where_less(F v, F a, F b) { return a < b ? 0.0F : v; }
   static float reduce_max(F v) { return v; }
   static float reduce_add(F v) { return v; }
-  static F hadamard_in_lane(F v) { return v; }
+  template <int>
+  static F hadamard_in_lane(F v) {
+    return v;
+  }
   static void store_low_bytes(uint8_t* p, F v) { *p = static_cast<uint8_t>(static_cast<int32_t>(v)); }
   static void reduce_add_4(F a, F b, F c, F d, float* out) {
     out[0] = a;
