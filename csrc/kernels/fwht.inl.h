@@ -12,6 +12,7 @@ namespace {
 
 template <int D>
 const kvpack::HadamardSigns<D>& hadamard_signs() {
+  static_assert(kvpack::hadamard_order(D) != 1);
   if constexpr (D == 80) return kvpack::kHadamard80;
   if constexpr (D == 96) return kvpack::kHadamard96;
   if constexpr (D == 112) return kvpack::kHadamard112;
@@ -84,7 +85,10 @@ void rotate(float* x, int64_t rows, int32_t head_dim, const float* signs, bool i
         v[i] = S::load(x + i * S::kLanes);
         if (!inverse) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));
       }
-      inverse ? hadamard<S, D, true>(v) : hadamard<S, D>(v);
+      if (inverse)
+        hadamard<S, D, true>(v);
+      else
+        hadamard<S, D>(v);
       for (int i = 0; i < kVectors; ++i) {
         v[i] = S::mul(v[i], norm);
         S::store(x + i * S::kLanes, inverse ? S::mul(v[i], S::load(signs + i * S::kLanes)) : v[i]);

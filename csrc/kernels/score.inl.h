@@ -84,13 +84,16 @@ void score(const kvpack::ScoreArgs& a) {
         if constexpr (kDwords == 8)  // the unit that two lane blocks share: each meets its own half
           if (grid.shares())
             unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
-              const int at = v0 + v, block = at / kPerBlock;
-              const uint8_t* p = a.tile.codes + grid.shared_line(0, block / 2) + at % kPerBlock * 4 * S::kLanes;
+              const int at = v0 + v;
+              // Known to the compiler where whole pairs of lane blocks are in flight.
+              const int half = (kInFlight % (2 * kPerBlock) == 0 ? v : at) / kPerBlock % 2;
+              const uint8_t* p =
+                  a.tile.codes + grid.shared_line(0, at / kPerBlock / 2) + at % kPerBlock * 4 * S::kLanes;
               if (level == 0 && at % (2 * kPerBlock) == 0)
                 for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
               unpack(
                   p, [&](int j, I levels) __attribute__((always_inline)) {
-                    if (j / 4 == block % 2) meet(v, end * kDwords + j % 4, levels);
+                    if (j / 4 == half) meet(v, end * kDwords + j % 4, levels);
                   });
             });
         for (int v = 0; v < kInFlight; ++v) {
