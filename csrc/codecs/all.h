@@ -4,7 +4,7 @@
 #include "codecs/exact.h"
 #include "codecs/lloyd_max.h"
 #include "codecs/residual.h"
-#include "codecs/trellis.h"
+#include "codecs/tcq.h"
 
 namespace kvpack {
 

@@ -3,7 +3,7 @@
 //   kBits        bits per code (1, 2, 3, 4, 5, 8; 0 for `exact`, which stores elements)
 //   kRotated     codes live in the randomized-Hadamard domain: queries are rotated, outputs rotated back, once per call
 //   kScaleRules  has one scale per vector and the choice of its rule (stored, norm, mse, unbiased)
-//   kScaleBlock  dims that share one fp16 scale; 0 means the whole head vector
+//   kScaleBlock  dims that share one fp16 scale (the last block may be shorter); 0 means the whole head vector
 //   kSignedScales  scales may be negative (the accumulation then negates level bytes per token)
 //   kTrellis     codes are the bits of a trellis path; levels come from kTable (codecs/trellis.h)
 //   kLevels      2^kBits int8 levels, ascending: the format's codebook (empty where level = code - 2^(kBits - 1))
@@ -29,7 +29,7 @@ struct CodecDefaults {
 };
 
 constexpr int32_t scale_blocks(int32_t scale_block, int32_t bits, int32_t head_dim) {
-  return bits == 0 ? 0 : (scale_block == 0 ? 1 : head_dim / scale_block);
+  return bits == 0 ? 0 : (scale_block == 0 ? 1 : (head_dim + scale_block - 1) / scale_block);
 }
 
 }  // namespace kvpack

@@ -17,8 +17,15 @@ constexpr std::array<CodecInfo, kCodecs> kInfo{{
 #undef KVPACK_CODEC
 }};
 
-// Head sizes: 2^a times an order with a Hadamard matrix. This release carries the powers of two in this range.
-constexpr bool head_dim_supported(int64_t d) { return d == 64 || d == 128 || d == 256; }
+void check_head_dim(int64_t d) {
+  std::string allowed;
+  for (const int32_t known : kHeadDims) {
+    if (d == known) return;
+    allowed += (allowed.empty() ? "" : ", ") + std::to_string(known);
+  }
+  throw std::invalid_argument("head_dim " + std::to_string(d) + " is not supported; allowed: " + allowed +
+                              " (2^a times 1, 12, 20 or 28)");
+}
 
 }  // namespace
 
@@ -31,8 +38,7 @@ SideLayout layout_of(int64_t codec, int64_t head_dim, Side side) {
     throw std::invalid_argument("codec code " + std::to_string(codec) + " is not one of id (0.." +
                                 std::to_string(kCodecs - 1) +
                                 ") | rule (0..3) << 8 | dtype (0..2) << 16 | center (0..2) << 24 | search << 28");
-  if (!head_dim_supported(head_dim))
-    throw std::invalid_argument("head_dim " + std::to_string(head_dim) + " is not supported; allowed: 64, 128, 256");
+  check_head_dim(head_dim);
   const CodecInfo& info = kInfo[static_cast<size_t>(code.id)];
   const auto refuse = [&](const char* what) {
     throw std::invalid_argument("codec code " + std::to_string(codec) + ": " + std::string(info.name) + " has no " +

@@ -1,7 +1,9 @@
-// Signs of the randomized Hadamard rotation: one seed, one vector per head size, the same for keys and values.
+// Signs of the randomized Hadamard rotation: one seed, one vector per head size, the same for keys and values. And the
+// Hadamard matrices of the head sizes that are no powers of two, as kernels read them.
 #include <array>
 
 #include "core/fp_control.h"
+#include "kernels/hadamard.h"
 #include "kernels/table.h"
 #include "kvpack/codec.h"
 #include "kvpack/isa.h"
@@ -11,6 +13,7 @@ namespace {
 
 struct Signs {
   alignas(64) std::array<float, kMaxHeadDim> value{};
+  constexpr Signs() = default;
   constexpr explicit Signs(uint64_t head_dim) {
     uint64_t state = 0x6b767061636b0000ULL + head_dim, word = 0;
     for (size_t i = 0; i < head_dim; ++i) {
@@ -26,13 +29,25 @@ struct Signs {
   }
 };
 
-constexpr Signs kSigns64{64}, kSigns128{128}, kSigns256{256};
+constexpr auto kSigns = [] {
+  std::array<Signs, std::size(kHeadDims)> all;
+  for (size_t i = 0; i < all.size(); ++i) all[i] = Signs(static_cast<uint64_t>(kHeadDims[i]));
+  return all;
+}();
 
 }  // namespace
 
+constexpr HadamardSigns<80> kHadamard80;
+constexpr HadamardSigns<96> kHadamard96;
+constexpr HadamardSigns<112> kHadamard112;
+constexpr HadamardSigns<160> kHadamard160;
+constexpr HadamardSigns<192> kHadamard192;
+
 const float* rotation_signs(int64_t head_dim) {
   (void)layout_of(0, head_dim, Side::key);  // throws for a head size that is not supported
-  return (head_dim == 64 ? kSigns64 : head_dim == 128 ? kSigns128 : kSigns256).value.data();
+  size_t i = 0;
+  while (kHeadDims[i] != head_dim) ++i;
+  return kSigns[i].value.data();
 }
 
 void rotate_rows(float* x, int64_t rows, int64_t head_dim, bool inverse) {

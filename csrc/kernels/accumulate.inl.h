@@ -83,56 +83,61 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   [[maybe_unused]] int32_t negative[kTile / 4];
   float worth[G] = {};
   int ready = -1;
-  for (int sb = 0; sb < grid.superblocks(); ++sb) {
+  // `Step` vectors of a superblock, from v0 on.
+  const auto step = [&]<int Step>(std::integral_constant<int, Step>, int sb, int v0) __attribute__((always_inline)) {
     const uint8_t* base = a.tile.codes + grid.line(sb, 0, 0);
-    const int lane_blocks = grid.lane_blocks(sb), vectors = lane_blocks * kPerBlock;
-    for (int v0 = 0; v0 < vectors; v0 += kStep) {
-      const int block = blocks == 1 ? 0 : (sb * 64 + v0 * S::kLanes) / 32;
-      if (block != ready) {
-        if constexpr (Codec::kSignedScales) sign_bytes(a.tile.scales + block * kTile, negative);
-        for (int g = 0; g < G; ++g)
-          worth[g] = quantize_probs<S, High>(a.probs + g * kTile, a.tile.scales + block * kTile, a.dither,
-                                             operand[0][g], operand[kPlanes - 1][g]);
-        ready = block;
-      }
-      I acc[kPlanes][G][kStep];
-      for (int n = 0; n < kPlanes; ++n)
-        for (int g = 0; g < G; ++g)
-          for (int v = 0; v < kStep; ++v) acc[n][g][v] = S::splat(0);
-      const auto lane = [&](int u, int v) {
-        const int at = v0 + v;
-        return base + static_cast<size_t>(u * lane_blocks + at / kPerBlock) * kLines * kLine +
-               at % kPerBlock * 4 * S::kLanes;
-      };
-      typename decltype(unpack)::Carry carry[kStep];
-      for (int v = 0; v < kStep; ++v) carry[v] = unpack.start(lane(grid.units() - 1, v));
-      for (int u = 0; u < grid.units(); ++u) {
-        unrolled<kStep>([&](int v) __attribute__((always_inline)) {
-          const uint8_t* p = lane(u, v);
-          if ((v0 + v) % kPerBlock == 0)
-            for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
-          unpack(
-              p, carry[v], [&](int j, I levels) __attribute__((always_inline)) {
-                if constexpr (Codec::kSignedScales)
-                  levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
-                const typename S::Code code = S::expand(levels);
-                const int depth = (u * kDwords + j) * S::kOperandDwords;
-                unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
-                  const int g = i / kPlanes, n = i % kPlanes;
-                  acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
-                });
-              });
-        });
-      }
+    const int lane_blocks = grid.lane_blocks(sb), block = blocks == 1 ? 0 : (sb * 64 + v0 * S::kLanes) / 32;
+    if (block != ready) {
+      if constexpr (Codec::kSignedScales) sign_bytes(a.tile.scales + block * kTile, negative);
       for (int g = 0; g < G; ++g)
-        for (int v = 0; v < kStep; ++v) {
-          float* out = a.out + static_cast<ptrdiff_t>(g) * a.out_stride + sb * 64 + (v0 + v) * S::kLanes;
-          typename S::F sum = S::to_float(acc[0][g][v]);
-          if constexpr (High)
-            sum = S::fma(sum, S::set1(static_cast<float>(S::kProbMax + 1)), S::to_float(acc[kPlanes - 1][g][v]));
-          S::store(out, S::fma(sum, S::set1(worth[g]), S::load(out)));
-        }
+        worth[g] = quantize_probs<S, High>(a.probs + g * kTile, a.tile.scales + block * kTile, a.dither, operand[0][g],
+                                           operand[kPlanes - 1][g]);
+      ready = block;
     }
+    I acc[kPlanes][G][Step];
+    for (int n = 0; n < kPlanes; ++n)
+      for (int g = 0; g < G; ++g)
+        for (int v = 0; v < Step; ++v) acc[n][g][v] = S::splat(0);
+    const auto lane = [&](int u, int v) {
+      const int at = v0 + v;
+      return base + static_cast<size_t>(u * lane_blocks + at / kPerBlock) * kLines * kLine +
+             at % kPerBlock * 4 * S::kLanes;
+    };
+    typename decltype(unpack)::Carry carry[Step];
+    for (int v = 0; v < Step; ++v) carry[v] = unpack.start(lane(grid.units() - 1, v));
+    for (int u = 0; u < grid.units(); ++u) {
+      unrolled<Step>([&](int v) __attribute__((always_inline)) {
+        const uint8_t* p = lane(u, v);
+        if ((v0 + v) % kPerBlock == 0)
+          for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
+        unpack(
+            p, carry[v], [&](int j, I levels) __attribute__((always_inline)) {
+              if constexpr (Codec::kSignedScales) levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
+              const typename S::Code code = S::expand(levels);
+              const int depth = (u * kDwords + j) * S::kOperandDwords;
+              unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
+                const int g = i / kPlanes, n = i % kPlanes;
+                acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
+              });
+            });
+      });
+    }
+    for (int g = 0; g < G; ++g)
+      for (int v = 0; v < Step; ++v) {
+        float* out = a.out + static_cast<ptrdiff_t>(g) * a.out_stride + sb * 64 + (v0 + v) * S::kLanes;
+        typename S::F sum = S::to_float(acc[0][g][v]);
+        if constexpr (High)
+          sum = S::fma(sum, S::set1(static_cast<float>(S::kProbMax + 1)), S::to_float(acc[kPlanes - 1][g][v]));
+        S::store(out, S::fma(sum, S::set1(worth[g]), S::load(out)));
+      }
+  };
+  for (int sb = 0; sb < grid.superblocks(); ++sb) {
+    const int vectors = grid.lane_blocks(sb) * kPerBlock;
+    int v0 = 0;
+    for (; v0 + kStep <= vectors; v0 += kStep) step(std::integral_constant<int, kStep>{}, sb, v0);
+    // Lane blocks that do not fill a step: the last ones of a head size that is no multiple of 64.
+    if constexpr (kStep > kPerBlock)
+      for (; v0 < vectors; v0 += kPerBlock) step(std::integral_constant<int, kPerBlock>{}, sb, v0);
   }
 }
 

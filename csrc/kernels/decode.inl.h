@@ -18,12 +18,12 @@ void codes_to_levels(uint8_t* codes, int head_dim, kvpack::Side side) {
     for (int l = 0; l < lanes; ++l) {
       uint8_t* sequence = codes + l * lane;
       uint32_t window = 0;
-      for (int n = steps - kWindowBits; n < steps; ++n)
-        window = trellis_window<Codec>(window, sequence[trellis_depth(n, steps) * token], n);
+      for (int n = steps - 9; n < steps; ++n)
+        window = next_window<typename Codec::Code>(window, sequence[trellis_depth(n, steps) * token]);
       for (int n = 0; n < steps; ++n) {
         uint8_t& at = sequence[trellis_depth(n, steps) * token];
-        window = trellis_window<Codec>(window, at, n);
-        at = static_cast<uint8_t>(trellis_level<Codec>(window, n));
+        window = next_window<typename Codec::Code>(window, at);
+        at = static_cast<uint8_t>(window_level<typename Codec::Code>(window));
       }
     }
   } else {

@@ -31,12 +31,14 @@ void dense_score_group(const kvpack::DenseArgs& a) {
     for (int t = a.tokens; t < kTile; ++t) a.probs[g * kTile + t] = -__builtin_inff();
 }
 
-template <class S, kvpack::Dtype T, int G>
-void dense_accumulate_group(const kvpack::DenseArgs& a) {
+// Dims from `first` on, as long as all vectors in flight are full; fewer vectors take the rest.
+template <class S, kvpack::Dtype T, int G, int kInFlight = vectors_in_flight<S>(G)>
+void dense_accumulate_group(const kvpack::DenseArgs& a, int first = 0) {
   using namespace kvpack;
   using F = typename S::F;
-  constexpr int kInFlight = vectors_in_flight<S>(G), kBytes = dtype_bytes(T), kDims = kInFlight * S::kLanes;
-  for (int i = 0; i < a.head_dim; i += kDims) {
+  constexpr int kBytes = dtype_bytes(T), kDims = kInFlight * S::kLanes;
+  int i = first;
+  for (; i + kDims <= a.head_dim; i += kDims) {
     F acc[G][kInFlight];
     for (int g = 0; g < G; ++g)
       for (int v = 0; v < kInFlight; ++v)
@@ -60,6 +62,8 @@ void dense_accumulate_group(const kvpack::DenseArgs& a) {
       for (int v = 0; v < kInFlight; ++v)
         S::store(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes, acc[g][v]);
   }
+  if constexpr (kDims > 16)  // head sizes are multiples of 16
+    if (i < a.head_dim) dense_accumulate_group<S, T, G, kInFlight / 2>(a, i);
 }
 
 template <class S, kvpack::Dtype T>

@@ -1,6 +1,7 @@
 // Encoders: head vectors of one side of a tile to codes and fp16 scales, then packed lines. The steps are those of
 // docs/format.md section 5 and of reference/; encode_steps.inl.h says why their order is fixed.
 #pragma once
+#include "kernels/decode.inl.h"
 #include "kernels/encode_steps.inl.h"
 #include "kernels/pack.inl.h"
 #include "kernels/viterbi.inl.h"
@@ -96,11 +97,17 @@ int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   return status;
 }
 
-// Where step `n` of lane `l` lies in [token][dim]: the lanes of keys are tokens, those of values dims.
-template <int D>
-constexpr int trellis_at(kvpack::Side side, int n, int l) {
-  return side == kvpack::Side::key ? l * D + kvpack::trellis_depth(n, D)
-                                   : kvpack::trellis_depth(n, kvpack::kTile) * D + l;
+// Where a trellis encoder works (EncodeArgs::workspace).
+template <class Codec>
+struct Search {
+  kvpack::TrellisWork trellis;
+  int16_t fixed[kvpack::kTile * kvpack::kMaxHeadDim];
+  uint8_t path[kvpack::kTile * kvpack::kMaxHeadDim], levels[kvpack::kTile * kvpack::kMaxHeadDim];
+};
+
+inline int16_t to_fixed(float z) {
+  const float x = __builtin_nearbyintf(z * kvpack::kTrellisFixed);
+  return static_cast<int16_t>(x > 32767.0F ? 32767.0F : x < -32768.0F ? -32768.0F : x);
 }
 
 // Codes of a tile at one gain, [token][dim], and the match of every token.
@@ -109,15 +116,16 @@ void search_tile(const kvpack::EncodeArgs& a, const Rotated* vectors, float gain
   using namespace kvpack;
   const bool key = a.side == Side::key;
   const int steps = key ? D : kTile, lanes = key ? kTile : D;
-  auto* fixed = reinterpret_cast<int16_t*>(a.workspace);
-  auto* path = a.workspace + static_cast<size_t>(kTile * D) * 2;
+  static_assert(sizeof(Search<Codec>) <= kEncodeWorkspace);
+  auto& work = *reinterpret_cast<Search<Codec>*>(a.workspace);
+  int16_t* const fixed = work.fixed;
   alignas(64) float z[D];
   alignas(64) int16_t row[D];
   for (int t = 0; t < kTile; ++t) {
     const auto inv = S::set1(vectors[t].live ? 1.0F / vectors[t].r : 0.0F);
     for (int i = 0; i < D; i += S::kLanes)
       S::store(z + i, S::mul(S::mul(S::load(a.x + t * D + i), inv), S::set1(gain)));
-    trellis_fixed<S>(z, D, row);
+    for (int i = 0; i < D; ++i) row[i] = to_fixed(z[i]);
     if (key) {
       for (int n = 0; n < D; ++n) fixed[n * kTile + t] = row[trellis_depth(n, D)];
     } else {
@@ -125,15 +133,14 @@ void search_tile(const kvpack::EncodeArgs& a, const Rotated* vectors, float gain
       __builtin_memcpy(fixed + n * D, row, sizeof row);
     }
   }
-  trellis_search<S, Codec::kBits>(fixed, steps, lanes, path, path + static_cast<size_t>(kTile * D));
-  alignas(64) int8_t levels[kTile * D];
-  trellis_levels<Codec>(path, steps, lanes, [&](int n, int l, uint8_t code, int8_t level) {
-    const int at = trellis_at<D>(a.side, n, l);
-    codes[at] = code;
-    levels[at] = level;
-  });
+  trellis_search<S, typename Codec::Code>(fixed, steps, lanes, work.path, &work.trellis);
+  for (int n = 0; n < steps; ++n)
+    for (int l = 0; l < lanes; ++l)
+      codes[key ? l * D + trellis_depth(n, D) : trellis_depth(n, kTile) * D + l] = work.path[n * lanes + l];
+  __builtin_memcpy(work.levels, codes, static_cast<size_t>(kTile * D));
+  codes_to_levels<Codec>(work.levels, D, a.side);
   for (int t = 0; t < kTile; ++t) {
-    const int8_t* q = levels + t * D;
+    const auto* q = reinterpret_cast<const int8_t*>(work.levels) + t * D;
     int32_t cc = 0;
     for (int i = 0; i < D; ++i) {
       cc += q[i] * q[i];

@@ -90,7 +90,7 @@ template <class S, int D>
     v[i] = S::mul(S::mul(S::load(x + i * S::kLanes), S::set1(power.down)), S::set1(power.down_again));
   if (n2 != nullptr) *n2 = LaneSum<S>::template over<D>([&](int i) { return S::mul(v[i], v[i]); });
   for (int i = 0; i < D / S::kLanes; ++i) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));
-  fwht<S, D>(v);
+  hadamard<S, D>(v);
 }
 
 // Turns the rows of a.x into their y, in place.
@@ -168,7 +168,7 @@ int32_t encode_mean_of(const kvpack::EncodeArgs& a) {
                                      S::set1(power.down_again)));
     sum[i] = S::mul(S::mul(sum[i], share), S::load(a.signs + i * S::kLanes));
   }
-  fwht<S, D>(sum);
+  hadamard<S, D>(sum);
   alignas(64) float y[D];
   for (int i = 0; i < D / S::kLanes; ++i) S::store(y + i * S::kLanes, sum[i]);
   bool finite;

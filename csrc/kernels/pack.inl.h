@@ -113,6 +113,14 @@ inline void for_each_line(const kvpack::CodeGrid& grid, Row* m, Line&& line) {
         for (int j = 0; j < kDwords; ++j) c[j] = m + (u * kDwords + j) * grid.lanes + sb * 64 + b * 16;
         line(grid.line(sb, u, b), c);
       }
+  if constexpr (kDwords == 8)
+    for (int sb = 0; grid.shares() && sb < grid.superblocks(); ++sb)
+      for (int pair = 0; pair < grid.lane_blocks(sb) / 2; ++pair) {
+        Row* c[kDwords];
+        for (int j = 0; j < kDwords; ++j)
+          c[j] = m + (grid.units() * kDwords + j % 4) * grid.lanes + sb * 64 + (2 * pair + j / 4) * 16;
+        line(grid.shared_line(sb, pair), c);
+      }
 }
 
 template <int Bits, bool Stream>

@@ -21,12 +21,13 @@ void quantize_query(const kvpack::QuantizeQueryArgs& a) {
   alignas(64) uint8_t level[2][kMaxHeadDim];
   for (int sb = 0; sb * block < a.head_dim; ++sb) {
     const float* q = a.query + sb * block;
+    const int dims = a.head_dim - sb * block < block ? a.head_dim - sb * block : block;  // the last block may be short
     F top = S::zero();
-    for (int i = 0; i < block; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
+    for (int i = 0; i < dims; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
     const float max = S::reduce_max(top), step = max / 127.0F;
     const F inv = S::set1(max > 0.0F ? 127.0F / max : 0.0F);
     F sum[2] = {S::zero(), S::zero()};
-    for (int i = 0; i < block; i += S::kLanes) {
+    for (int i = 0; i < dims; i += S::kLanes) {
       const F v = S::mul(S::load(q + i), inv), first = S::round_even(v);
       const F second = S::round_even(S::mul(S::sub(v, first), S::set1(254.0F)));
       S::store_low_bytes(level[0] + i, first);
@@ -35,7 +36,7 @@ void quantize_query(const kvpack::QuantizeQueryArgs& a) {
       sum[1] = S::add(sum[1], second);
     }
     for (int n = 0; n < 2; ++n) {
-      for (int i = 0; i < block; i += 4)
+      for (int i = 0; i < dims; i += 4)
         S::template pack_operand<Side::key>(level[n] + i, a.row->operand[n] + (sb * block + i) / 4 * S::kOperandDwords);
       a.row->scale[n][sb] = n == 0 ? step : step / 254.0F;
       a.row->offset[n][sb] = -S::kKeyOffset * static_cast<int>(S::reduce_add(sum[n]));
@@ -48,10 +49,12 @@ void score(const kvpack::ScoreArgs& a) {
   using namespace kvpack;
   using I = typename S::I;
   constexpr int kInFlight = vectors_in_flight<S>(G), kPerBlock = 16 / S::kLanes, kVectors = 4 * kPerBlock;
-  const Unpacker<S, Codec, Side::key> unpack;
-  constexpr int kDwords = decltype(unpack)::kDwords, kLines = decltype(unpack)::kLines;
+  using U = Unpacker<S, Codec, Side::key>;
+  const U unpack;
+  constexpr int kDwords = U::kDwords, kLines = U::kLines;
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
-  const int units = a.head_dim / blocks / (4 * kDwords);
+  const CodeGrid grid{Codec::kBits, kTile, a.head_dim};
+  const int units = blocks == 1 ? grid.units() : Codec::kScaleBlock / (4 * kDwords);  // of a scale block
   const uint8_t* ahead = a.ahead;
   for (int level = 0; level < a.levels; ++level) {
     for (int v0 = 0; v0 < kVectors; v0 += kInFlight) {
@@ -64,24 +67,45 @@ void score(const kvpack::ScoreArgs& a) {
           return a.tile.codes + (static_cast<size_t>(u) * 4 + static_cast<size_t>(at / kPerBlock)) * kLines * kLine +
                  at % kPerBlock * 4 * S::kLanes;
         };
-        typename decltype(unpack)::Carry carry[kInFlight];
-        for (int v = 0; v < kInFlight; ++v) carry[v] = unpack.start(lane((sb + 1) * units - 1, v));
+        const auto shared_lane = [&](int v) {
+          const int at = v0 + v;
+          return a.tile.codes + grid.shared_line(0, at / kPerBlock / 2) + at % kPerBlock * 4 * S::kLanes;
+        };
+        // Known to the compiler where whole pairs of lane blocks are in flight.
+        const auto half = [&](int v) { return (kInFlight % (2 * kPerBlock) == 0 ? v : v0 + v) / kPerBlock % 2; };
+        const auto meet = [&](int v, int dword, I levels) __attribute__((always_inline)) {
+          const typename S::Code code = S::expand(levels);
+          const int operand = dword * S::kOperandDwords;
+          unrolled<G>([&](int g) __attribute__((always_inline)) {
+            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
+          });
+        };
+        const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();
+        typename U::Carry carry[kInFlight];
+        for (int v = 0; v < kInFlight; ++v)
+          carry[v] = kDwords == 8 && grid.shares() ? unpack.start_shared(lane(end - 1, v), shared_lane(v), half(v))
+                                                   : unpack.start(lane(end - 1, v));
 #pragma GCC unroll 1
-        for (int u = sb * units; u < (sb + 1) * units; ++u) {
+        for (int u = sb * units; u < end; ++u) {
           unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
             const uint8_t* p = lane(u, v);
             if (level == 0 && (v0 + v) % kPerBlock == 0)
               for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
             unpack(
-                p, carry[v], [&](int j, I levels) __attribute__((always_inline)) {
-                  const typename S::Code code = S::expand(levels);
-                  const int operand = (u * kDwords + j) * S::kOperandDwords;
-                  unrolled<G>([&](int g) __attribute__((always_inline)) {
-                    acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
-                  });
-                });
+                p, carry[v],
+                [&](int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
           });
         }
+        if constexpr (kDwords == 8)  // the unit that two lane blocks share: each meets its own half
+          if (grid.shares())
+            unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
+              const uint8_t* p = shared_lane(v);
+              if (level == 0 && (v0 + v) % (2 * kPerBlock) == 0)
+                for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
+              unpack.shared(
+                  p, half(v), carry[v],
+                  [&](int j, I levels) __attribute__((always_inline)) { meet(v, end * kDwords + j, levels); });
+            });
         for (int v = 0; v < kInFlight; ++v) {
           const int token = (v0 + v) * S::kLanes;
           const auto scale = S::template load_element<Dtype::f16>(

@@ -23,6 +23,12 @@
 //   5 bit: 8: planes 0..3 hold the low four bits as at 4 bits, plane 4 the high bits as at 1 bit.
 // Lanes come in superblocks of 64 (the tile's tokens; 64 dims), inside one: [unit][lane block of 16][plane].
 //
+// A depth of 16 mod 32 (keys of head sizes 80 and 112) leaves half a unit of 8 dwords. Two neighbouring lane blocks
+// share one, after all whole units of the superblock:
+//
+//   shared unit n       dword:   0   1   2   3        4   5   6   7
+//                       lanes:   those of block 2n    those of block 2n + 1
+//
 // `exact` stores elements: keys [dim][64 tokens], values [64 tokens][dim].
 //
 // Page: [KV head] | record of slot 0 | 1 | 2 | 3 | means |
@@ -43,14 +49,20 @@ constexpr int32_t unit_lines(int32_t bits) { return bits == 3 || bits == 5 ? bit
 // The shape of the code section of one side.
 struct CodeGrid {
   int32_t bits, lanes, depth;
-  constexpr int32_t units() const { return depth / (4 * unit_dwords(bits)); }
+  constexpr int32_t units() const { return depth / (4 * unit_dwords(bits)); }  // whole ones
+  // Whether lane blocks share their last unit two by two: half a unit of depths is left.
+  constexpr bool shares() const { return depth % (4 * unit_dwords(bits)) != 0; }
   constexpr int32_t superblocks() const { return (lanes + 63) / 64; }
   constexpr int32_t lane_blocks(int32_t sb) const { return (lanes - 64 * sb >= 64 ? 64 : lanes - 64 * sb) / 16; }
   // Bytes of a full superblock, hence the stride between superblocks.
-  constexpr size_t superblock_bytes() const { return size_t{4} * kLine * unit_lines(bits) * units(); }
+  constexpr size_t superblock_bytes() const { return size_t{8} * static_cast<size_t>(depth * bits); }
   // First line of (superblock, unit, lane block).
   constexpr size_t line(int32_t sb, int32_t unit, int32_t block) const {
     return sb * superblock_bytes() + static_cast<size_t>((unit * lane_blocks(sb) + block) * unit_lines(bits)) * kLine;
+  }
+  // First line of the unit that the lane blocks 2 * pair and 2 * pair + 1 of a superblock share.
+  constexpr size_t shared_line(int32_t sb, int32_t pair) const {
+    return line(sb, units(), 0) + static_cast<size_t>(pair * unit_lines(bits)) * kLine;
   }
 };
 
@@ -131,5 +143,6 @@ struct ConstTileSide {
 };
 
 static_assert(CodeGrid{4, 64, 128}.superblock_bytes() == 4096 && CodeGrid{3, 128, 64}.line(1, 0, 0) == 1536);
+static_assert(CodeGrid{3, 64, 80}.shared_line(0, 1) == 1728 && CodeGrid{3, 64, 80}.superblock_bytes() == 1920);
 
 }  // namespace kvpack

@@ -15,6 +15,8 @@ constexpr int32_t kTile = 64;      // tokens of a full tile
 constexpr int32_t kPageTiles = 4;  // tiles of one KV head in a page
 constexpr int32_t kLine = 64;      // bytes of a line: the unit in which codes are laid out and prefetched
 constexpr int32_t kMaxHeadDim = 256;
+// Head sizes: 2^a times an order of a Hadamard matrix, 1, 12, 20 or 28. This release carries those in 64..256.
+constexpr int32_t kHeadDims[] = {64, 80, 96, 112, 128, 160, 192, 256};
 constexpr int32_t kMaxScaleBlocks = kMaxHeadDim / 32;
 
 constexpr int32_t dtype_bytes(Dtype t) { return t == Dtype::f32 ? 4 : 2; }

@@ -97,6 +97,11 @@ struct Avx2 {
   }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
+  template <int Width>
+  static F load_repeated(const float* p) {
+    if constexpr (Width == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    return load(p);
+  }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F set1(float v) { return _mm256_set1_ps(v); }
   static F zero() { return _mm256_setzero_ps(); }
@@ -133,8 +138,10 @@ struct Avx2 {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
   }
+  template <int Width>
   static F hadamard_in_lane(F v) {
-    v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 1));
+    if constexpr (Width > 4)
+      v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 1));
     v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(v, 0x4E));
     return _mm256_fmadd_ps(v, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(v, 0xB1));
   }
@@ -148,6 +155,33 @@ struct Avx2 {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
   }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+  struct W16 {
+    using V = __m256i;
+    static constexpr int kLanes = 16;
+    static V load(const void* p) { return _mm256_load_si256(static_cast<const V*>(p)); }
+    static void store(void* p, V v) { _mm256_store_si256(static_cast<V*>(p), v); }
+    static V splat(int n) { return _mm256_set1_epi16(static_cast<short>(n)); }
+    static V splat_pair(int32_t pair) { return _mm256_set1_epi32(pair); }
+    static V add_saturated(V a, V b) { return _mm256_adds_epi16(a, b); }
+    static V sub_saturated(V a, V b) { return _mm256_subs_epi16(a, b); }
+    static V add_unsigned(V a, V b) { return _mm256_adds_epu16(a, b); }
+    static V sub(V a, V b) { return _mm256_sub_epi16(a, b); }
+    static V min(V a, V b) { return _mm256_min_epu16(a, b); }
+    static V square(V a) { return _mm256_mulhrs_epi16(a, a); }
+    template <int Bits>
+    static V clear_low(V v) {
+      return _mm256_and_si256(v, splat(-1 << Bits));
+    }
+    template <int Bits>
+    static V set_low(V v, int n) {
+      return _mm256_or_si256(clear_low<Bits>(v), splat(n));
+    }
+    template <int Shift, int Bits>
+    static V push(V word, V v) {
+      return _mm256_or_si256(_mm256_slli_epi16(word, Shift), _mm256_and_si256(v, splat((1 << Bits) - 1)));
+    }
+  };
 
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {

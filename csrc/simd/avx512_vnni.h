@@ -98,6 +98,12 @@ struct Avx512Vnni {
   }
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
+  template <int Width>
+  static F load_repeated(const float* p) {
+    if constexpr (Width == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    if constexpr (Width == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    return load(p);
+  }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F set1(float v) { return _mm512_set1_ps(v); }
   static F zero() { return _mm512_setzero_ps(); }
@@ -125,10 +131,13 @@ struct Avx512Vnni {
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
   static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
   // Strides 8, 4, 2, 1: the partner's value plus or minus our own. The multiplication by +-1 is exact.
+  template <int Width>
   static F hadamard_in_lane(F v) {
     const F p = _mm512_set1_ps(1.0F), n = _mm512_set1_ps(-1.0F);
-    v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xff00, p, n), _mm512_shuffle_f32x4(v, v, 0x4E));
-    v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xf0f0, p, n), _mm512_shuffle_f32x4(v, v, 0xB1));
+    if constexpr (Width > 8)
+      v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xff00, p, n), _mm512_shuffle_f32x4(v, v, 0x4E));
+    if constexpr (Width > 4)
+      v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xf0f0, p, n), _mm512_shuffle_f32x4(v, v, 0xB1));
     v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xcccc, p, n), _mm512_permute_ps(v, 0x4E));
     return _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xaaaa, p, n), _mm512_permute_ps(v, 0xB1));
   }
@@ -141,6 +150,33 @@ struct Avx512Vnni {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
   }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+  struct W16 {
+    using V = __m512i;
+    static constexpr int kLanes = 32;
+    static V load(const void* p) { return _mm512_load_si512(p); }
+    static void store(void* p, V v) { _mm512_store_si512(p, v); }
+    static V splat(int n) { return _mm512_set1_epi16(static_cast<short>(n)); }
+    static V splat_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
+    static V add_saturated(V a, V b) { return _mm512_adds_epi16(a, b); }
+    static V sub_saturated(V a, V b) { return _mm512_subs_epi16(a, b); }
+    static V add_unsigned(V a, V b) { return _mm512_adds_epu16(a, b); }
+    static V sub(V a, V b) { return _mm512_sub_epi16(a, b); }
+    static V min(V a, V b) { return _mm512_min_epu16(a, b); }
+    static V square(V a) { return _mm512_mulhrs_epi16(a, a); }
+    template <int Bits>
+    static V clear_low(V v) {
+      return _mm512_and_si512(v, splat(-1 << Bits));
+    }
+    template <int Bits>
+    static V set_low(V v, int n) {
+      return _mm512_ternarylogic_epi32(v, splat(-1 << Bits), splat(n), 0xEA);
+    }
+    template <int Shift, int Bits>
+    static V push(V word, V v) {
+      return _mm512_ternarylogic_epi32(v, splat((1 << Bits) - 1), _mm512_slli_epi16(word, Shift), 0xEA);
+    }
+  };
 
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {

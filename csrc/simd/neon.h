@@ -92,6 +92,10 @@ struct Neon {
   }
 
   static F load(const float* p) { return vld1q_f32(p); }
+  template <int>
+  static F load_repeated(const float* p) {
+    return load(p);
+  }
   static void store(float* p, F v) { vst1q_f32(p, v); }
   static F set1(float v) { return vdupq_n_f32(v); }
   static F zero() { return vdupq_n_f32(0.0F); }
@@ -119,7 +123,9 @@ struct Neon {
   }
   static float reduce_max(F v) { return vmaxvq_f32(v); }
   static float reduce_add(F v) { return vaddvq_f32(v); }
+  template <int Width>
   static F hadamard_in_lane(F v) {
+    static_assert(Width == 4);
     const float swap_signs[2][4] = {{1, 1, -1, -1}, {1, -1, 1, -1}};
     v = vfmaq_f32(vextq_f32(v, v, 2), v, vld1q_f32(swap_signs[0]));
     return vfmaq_f32(vrev64q_f32(v), v, vld1q_f32(swap_signs[1]));
@@ -133,6 +139,39 @@ struct Neon {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
   }
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
+  struct W16 {
+    using V = uint16x8_t;
+    static constexpr int kLanes = 8;
+    static int16x8_t s(V v) { return vreinterpretq_s16_u16(v); }
+    static V u(int16x8_t v) { return vreinterpretq_u16_s16(v); }
+    static V load(const void* p) { return vld1q_u16(static_cast<const uint16_t*>(p)); }
+    static void store(void* p, V v) { vst1q_u16(static_cast<uint16_t*>(p), v); }
+    static V splat(int n) { return vdupq_n_u16(static_cast<uint16_t>(n)); }
+    static V splat_pair(int32_t pair) { return vreinterpretq_u16_s32(vdupq_n_s32(pair)); }
+    static V add_saturated(V a, V b) { return u(vqaddq_s16(s(a), s(b))); }
+    static V sub_saturated(V a, V b) { return u(vqsubq_s16(s(a), s(b))); }
+    static V add_unsigned(V a, V b) { return vqaddq_u16(a, b); }
+    static V sub(V a, V b) { return vsubq_u16(a, b); }
+    static V min(V a, V b) { return vminq_u16(a, b); }
+    // vqrdmulh gives 32767 for the square of -32768 only; it is 32768.
+    static V square(V a) {
+      const V v = u(vqrdmulhq_s16(s(a), s(a)));
+      return vsubq_u16(v, vceqq_u16(v, splat(32767)));
+    }
+    template <int Bits>
+    static V clear_low(V v) {
+      return vandq_u16(v, splat(-1 << Bits));
+    }
+    template <int Bits>
+    static V set_low(V v, int n) {
+      return vorrq_u16(clear_low<Bits>(v), splat(n));
+    }
+    template <int Shift, int Bits>
+    static V push(V word, V v) {
+      return vorrq_u16(vshlq_n_u16(word, Shift), vandq_u16(v, splat((1 << Bits) - 1)));
+    }
+  };
 
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {

@@ -15,7 +15,8 @@
 //   negate_where_top_bit  -v where the top bit of the other byte is set
 //   negate_bytes          -v where the mask byte is 0xff, v where it is 0
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
-//   hadamard_in_lane      butterfly stages with strides kLanes/2 .. 1
+//   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
+//   load_repeated<W>      W floats, over and over
 //   add_where_greater     acc + (a > b ? inc : 0)
 //   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
 //   load_element<dtype>   kLanes elements as floats
@@ -114,6 +115,10 @@ struct Scalar {
   }
 
   static F load(const float* p) { return *p; }
+  template <int>
+  static F load_repeated(const float* p) {
+    return load(p);
+  }
   static void store(float* p, F v) { *p = v; }
   static F set1(float v) { return v; }
   static F zero() { return 0.0F; }
@@ -134,7 +139,10 @@ struct Scalar {
   static F zero_where_less(F v, F a, F b) { return a < b ? 0.0F : v; }
   static float reduce_max(F v) { return v; }
   static float reduce_add(F v) { return v; }
-  static F hadamard_in_lane(F v) { return v; }
+  template <int>
+  static F hadamard_in_lane(F v) {
+    return v;
+  }
   static void store_low_bytes(uint8_t* p, F v) { *p = static_cast<uint8_t>(static_cast<int32_t>(v)); }
   static void reduce_add_4(F a, F b, F c, F d, float* out) {
     out[0] = a;
@@ -143,6 +151,61 @@ struct Scalar {
     out[3] = d;
   }
   static void prefetch(const uint8_t*) {}
+
+  struct W16 {
+    static constexpr int kLanes = 8;
+    struct V {
+      uint16_t lane[kLanes];
+    };
+    template <class Body>
+    static V each(Body&& body) {
+      V v;
+      for (int i = 0; i < kLanes; ++i) v.lane[i] = static_cast<uint16_t>(body(i));
+      return v;
+    }
+    static int32_t clamp(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
+    static int32_t s(uint16_t v) { return static_cast<int16_t>(v); }
+    static V load(const void* p) {
+      V v;
+      std::memcpy(&v, p, sizeof v);
+      return v;
+    }
+    static void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+    static V splat(int n) {
+      return each([=](int) { return n; });
+    }
+    static V splat_pair(int32_t pair) { return splat(pair & 0xffff); }
+    static V add_saturated(V a, V b) {
+      return each([&](int i) { return clamp(s(a.lane[i]) + s(b.lane[i]), -32768, 32767); });
+    }
+    static V sub_saturated(V a, V b) {
+      return each([&](int i) { return clamp(s(a.lane[i]) - s(b.lane[i]), -32768, 32767); });
+    }
+    static V add_unsigned(V a, V b) {
+      return each([&](int i) { return clamp(a.lane[i] + b.lane[i], 0, 65535); });
+    }
+    static V sub(V a, V b) {
+      return each([&](int i) { return a.lane[i] - b.lane[i]; });
+    }
+    static V min(V a, V b) {
+      return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static V square(V a) {
+      return each([&](int i) { return (s(a.lane[i]) * s(a.lane[i]) + 0x4000) >> 15; });
+    }
+    template <int Bits>
+    static V clear_low(V v) {
+      return each([&](int i) { return v.lane[i] & ~((1 << Bits) - 1); });
+    }
+    template <int Bits>
+    static V set_low(V v, int n) {
+      return each([&](int i) { return (v.lane[i] & ~((1 << Bits) - 1)) | n; });
+    }
+    template <int Shift, int Bits>
+    static V push(V word, V v) {
+      return each([&](int i) { return (word.lane[i] << Shift) | (v.lane[i] & ((1 << Bits) - 1)); });
+    }
+  };
 
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {

@@ -22,12 +22,14 @@ inline Field field_of(int bits, Side side, int head_dim, int token, int dim) {
   const int lane = side == Side::key ? token : dim, depth = side == Side::key ? dim : token;
   const int lanes = side == Side::key ? 64 : head_dim, depths = side == Side::key ? head_dim : 64;
   const int dwords = bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8, planes = bits == 3 ? 3 : 1;
-  const int units = depths / (4 * dwords);
+  const int units = depths / (4 * dwords), whole = units * 4 * dwords;
   const int superblock = lane / 64, block = lane % 64 / 16, blocks = std::min(4, (lanes - 64 * superblock) / 16);
-  const int unit = depth / 4 / dwords, j = depth / 4 % dwords;
+  // Past the whole units, a pair of lane blocks has one unit: the even block its dwords 0..3, the odd one 4..7.
+  const bool shared = depth >= whole;
+  const int unit = depth / 4 / dwords, j = shared ? (depth - whole) / 4 + block % 2 * 4 : depth / 4 % dwords;
   const auto byte = [&](int plane) {
-    const int line = (unit * blocks + block) * planes + plane;
-    return static_cast<size_t>(superblock) * static_cast<size_t>(4 * units * planes * 64) +
+    const int line = (unit * blocks + (shared ? block / 2 : block)) * planes + plane;
+    return static_cast<size_t>(superblock) * static_cast<size_t>(64 * depths * bits / 8) +
            static_cast<size_t>(line * 64 + lane % 16 * 4 + depth % 4);
   };
   Field f{bits, {}};
@@ -75,18 +77,38 @@ inline double level(int32_t id, int code) {
   return code >= middle ? positive[code - middle] : -positive[middle - 1 - code];
 }
 
-// The orthonormal randomized Hadamard rotation R = H diag(s) / sqrt(d).
+// Whether a is a square modulo the prime q, by Euler's criterion: 1, -1, or 0 for multiples of q.
+inline int residue(int a, int q) {
+  int power = 1;
+  for (int i = 0; i < (q - 1) / 2; ++i) power = power * (a + q) % q;
+  return power == q - 1 ? -1 : power;
+}
+
+// H_m(r, s) of the orders 1, 12, 20 (Paley's first construction) and 28 (his second).
+inline double order_m(int m, int r, int s) {
+  if (m == 1) return 1;
+  const auto bordered = [](int q, int corner, int a, int b) {
+    return a > 0 && b > 0 ? residue(b - a, q) : a == b ? 0 : a == 0 ? 1 : corner;
+  };
+  if (m != 28) return bordered(m - 1, -1, r, s) + (r == s);
+  static constexpr int kOfSymbol[2][2] = {{1, 1}, {1, -1}}, kOfDiagonal[2][2] = {{1, -1}, {-1, -1}};
+  return bordered(13, 1, r / 2, s / 2) * kOfSymbol[r % 2][s % 2] + (r / 2 == s / 2 ? kOfDiagonal[r % 2][s % 2] : 0);
+}
+
+// The orthonormal randomized Hadamard rotation R = H diag(s) / sqrt(d), H the Kronecker product of H_m and a Sylvester
+// matrix.
 inline const Matrix& rotation(int d) {
   static std::map<int, Matrix> all;
   const auto [at, fresh] = all.try_emplace(d, d, d);
   if (fresh) {
+    const int m = d % 7 == 0 ? 28 : d % 5 == 0 ? 20 : d % 3 == 0 ? 12 : 1, n = d / m;
     uint64_t state = 0x6b767061636b0000ULL + static_cast<uint64_t>(d), word = 0;
     for (int column = 0; column < d; ++column) {
       if (column % 64 == 0) word = inputs::splitmix64(state += inputs::kGamma);
       const double sign = (word >> (column % 64) & 1) != 0 ? -1.0 : 1.0;
       for (int row = 0; row < d; ++row)
-        at->second(row, column) =
-            (std::popcount(static_cast<unsigned>(row & column)) % 2 != 0 ? -sign : sign) / std::sqrt(d);
+        at->second(row, column) = (std::popcount(static_cast<unsigned>(row % n & column % n)) % 2 != 0 ? -sign : sign) *
+                                  order_m(m, row / n, column / n) / std::sqrt(d);
     }
   }
   return at->second;

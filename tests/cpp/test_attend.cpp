@@ -78,12 +78,15 @@ TEST(groups_and_query_tokens) {
 }
 
 TEST(head_sizes) {
-  for (const int64_t dk : {64, 128, 256})
-    for (const int64_t dv : {64, 128, 256})
+  for (const int64_t dk : kHeadDims)
+    for (const int64_t dv : kHeadDims)
       for (const auto& [key, value] :
-           {std::pair{5, 4}, std::pair{1, 2}, std::pair{4, 1}, std::pair{0, 3}, std::pair{3, 0}})
+           {std::pair{5, 4}, std::pair{1, 2}, std::pair{4, 1}, std::pair{0, 3}, std::pair{3, 0}, std::pair{2, 5}})
         for (const Precision precision : kPrecisions) {
-          if (check::slow() && key != 5 && dk + dv > 128) continue;
+          // Of all pairs of sizes: every size with itself and with 64, and those of powers of two.
+          const bool plain = (dk & (dk - 1)) == 0 && (dv & (dv - 1)) == 0;
+          if (!check::full() && !plain && dk != dv && dk != 64 && dv != 64) continue;
+          if (check::slow() && key != 5 && key != 4 && dk + dv > 160) continue;
           Case c;
           c.key_dim = dk;
           c.value_dim = dv;
@@ -92,6 +95,29 @@ TEST(head_sizes) {
           c.batch = 1;
           c.counts = {64, 64};
           c.exact = 20;
+          c.precision = precision;
+          check_case(c);
+        }
+}
+
+TEST(head_sizes_and_groups) {
+  // The vectors in flight depend on the rows of a group; head sizes need not be multiples of them.
+  for (const int64_t d : kHeadDims)
+    for (const int64_t group : {1, 2, 3, 4})
+      for (const auto& [key, value] : {std::pair{4, 4}, std::pair{2, 2}, std::pair{0, 0}, std::pair{1, 3}})
+        for (const Precision precision : kPrecisions) {
+          if (check::slow() && key != 4 && group % 2 == 0) continue;
+          Case c;
+          c.batch = 1;
+          c.kv_heads = 1;
+          c.query_heads = group;
+          c.query_tokens = 1;
+          c.key_dim = d;
+          c.value_dim = d;
+          c.key_codec = default_code(codecs()[static_cast<size_t>(key)]);
+          c.value_codec = default_code(codecs()[static_cast<size_t>(value)]);
+          c.counts = {64, 30};
+          c.exact = 5;
           c.precision = precision;
           check_case(c);
         }
@@ -272,8 +298,9 @@ TEST(full_matrix) {
     for (const CodecInfo& value : codecs())
       for (const int64_t group : {1, 2, 3, 4, 5, 7, 8, 16})
         for (const int64_t tokens : {1, 2, 5, 70})
-          for (const int64_t dk : {64, 128, 256})
-            for (const int64_t dv : {64, 128, 256}) {
+          for (const int64_t dk : kHeadDims)
+            for (const int64_t dv : kHeadDims) {
+              if (dv != dk && dv != 64 && dk != 128) continue;
               Case c;
               c.dtype = static_cast<Dtype>(seed % 3);
               c.key_codec = default_code(key, c.dtype);

@@ -11,7 +11,6 @@ using namespace kvpack;
 using attend_case::Case;
 using attend_case::Problem;
 using inputs::Bytes;
-constexpr int32_t kHeadDims[] = {64, 128, 256};
 constexpr Side kSides[] = {Side::key, Side::value};
 
 const char* name_of(Side side) { return side == Side::key ? "key" : "value"; }
@@ -60,14 +59,15 @@ TEST(codec_codes_and_head_sizes) {
                              int64_t{1} << 24, int64_t{1} << 40})
     CHECK_THROWS(layout_of(code, 128, Side::key), "codec code " + std::to_string(code),
                  "0.." + std::to_string(count - 1), "rule (0..3)", "dtype (0..2)");
-  for (const int64_t d : {-64, 0, 1, 32, 63, 65, 96, 192, 512})
+  for (const int64_t d : {-64, 0, 1, 32, 48, 63, 65, 88, 144, 224, 320, 512})
     for (const int64_t code : inputs::codec_codes())
-      CHECK_THROWS(layout_of(code, d, Side::value), "head_dim " + std::to_string(d), "64, 128, 256");
+      CHECK_THROWS(layout_of(code, d, Side::value), "head_dim " + std::to_string(d) + " ",
+                   "64, 80, 96, 112, 128, 160, 192, 256", "2^a times 1, 12, 20 or 28");
   float x[64] = {};
-  CHECK_THROWS(rotate_rows(x, 1, 63, false), "head_dim 63", "64, 128, 256");
-  CHECK_THROWS(rotation_signs(512), "head_dim 512", "64, 128, 256");
+  CHECK_THROWS(rotate_rows(x, 1, 63, false), "head_dim 63", "64, 80");
+  CHECK_THROWS(rotation_signs(512), "head_dim 512", "192, 256");
   CHECK_THROWS((PageLayout{99, 64, 0, 64, 1}).record(), "codec code 99");
-  CHECK_THROWS((PageLayout{5, 64, 4, 80, 1}).record(), "head_dim 80");
+  CHECK_THROWS((PageLayout{5, 64, 4, 72, 1}).record(), "head_dim 72");
   CHECK_THROWS((PageLayout{5, 64, 4, 64, 0}).page_bytes(), "kv_heads is 0", "1 or more");
 }
 
@@ -197,7 +197,7 @@ TEST(attend_refuses) {
   CHECK_THROWS(attempt(good, [](AttendParams& p) { p.kv_heads = 0; }), "4 query heads", "multiple of 0");
   CHECK_THROWS(attempt(good, [](AttendParams& p) { p.key_codec = 77; }), "codec code 77");
   CHECK_THROWS(attempt(good, [](AttendParams& p) { p.value_codec = -3; }), "codec code -3");
-  CHECK_THROWS(attempt(good, [](AttendParams& p) { p.key_dim = 96; }), "head_dim 96", "64, 128, 256");
+  CHECK_THROWS(attempt(good, [](AttendParams& p) { p.key_dim = 88; }), "head_dim 88", "64, 80");
   CHECK_THROWS(attempt(good, [](AttendParams& p) { p.value_dim = 512; }), "head_dim 512");
   AttendParams heads = good.params(nullptr);
   heads.query_heads = 5;

@@ -9,7 +9,6 @@
 namespace {
 
 using namespace kvpack;
-constexpr int32_t kHeadDims[] = {64, 128, 256};
 constexpr Side kSides[] = {Side::key, Side::value};
 
 }  // namespace
@@ -37,12 +36,14 @@ TEST(every_bit_belongs_to_one_code) {
 
 TEST(lines_cover_the_code_section_once) {
   for (const int bits : {2, 3, 4, 8})
-    for (const int lanes : {64, 128, 256, 80, 112, 160})  // also head sizes whose last superblock is not full
-      for (const int depth : {64, 128, 256}) {
+    for (const int lanes : kHeadDims)  // also head sizes whose last superblock is not full
+      for (const int depth : kHeadDims) {
+        if (lanes != kTile && depth != kTile) continue;
         const check::Context context("bits ", bits, " lanes ", lanes, " depth ", depth);
         const CodeGrid grid{bits, lanes, depth};
         const auto total = static_cast<size_t>(lanes * depth * bits / 8 / kLine);
-        CHECK_EQ(static_cast<size_t>(grid.units() * unit_dwords(bits) * 4), static_cast<size_t>(depth));
+        CHECK_EQ(grid.units() * unit_dwords(bits) * 4 + (grid.shares() ? 16 : 0), depth);
+        CHECK_EQ(grid.shares(), bits == 3 && depth % 32 != 0);
         std::vector<int> seen(total, 0);
         int blocks = 0;
         for (int sb = 0; sb < grid.superblocks(); ++sb) {
@@ -54,6 +55,11 @@ TEST(lines_cover_the_code_section_once) {
                 CHECK_EQ(at % kLine, size_t{0});
                 if (CHECK_LT(at / kLine, total)) ++seen[at / kLine];
               }
+          for (int pair = 0; grid.shares() && pair < grid.lane_blocks(sb) / 2; ++pair)
+            for (int plane = 0; plane < unit_lines(bits); ++plane) {
+              const size_t at = grid.shared_line(sb, pair) + static_cast<size_t>(plane * kLine);
+              if (CHECK_LT(at / kLine, total)) ++seen[at / kLine];
+            }
         }
         CHECK_EQ(blocks, lanes / 16);
         int64_t wrong = 0;
@@ -71,7 +77,9 @@ TEST(lines_are_where_the_fields_are) {
         for (int token = 0; token < kTile; ++token)
           for (int dim = 0; dim < d; ++dim) {
             const int lane = side == Side::key ? token : dim, depth = side == Side::key ? dim : token;
-            const size_t line = grid.line(lane / 64, depth / 4 / unit_dwords(bits), lane % 64 / 16);
+            const int unit = depth / 4 / unit_dwords(bits);
+            const size_t line = unit < grid.units() ? grid.line(lane / 64, unit, lane % 64 / 16)
+                                                    : grid.shared_line(lane / 64, lane % 64 / 32);
             const reference::Field f = reference::field_of(bits, side, d, token, dim);
             for (int i = 0; i < f.count; ++i) {
               const size_t byte = f.bit[i] / 8;
@@ -94,7 +102,7 @@ TEST(sections_of_records) {
           const RecordLayout r = layout.record();
           const auto scales = [](int64_t code, int64_t d) {
             const CodecInfo& info = inputs::info_of(code);
-            return static_cast<size_t>(info.bits == 0 ? 0 : (info.rotated ? 1 : d / 32) * 128);
+            return static_cast<size_t>(info.bits == 0 ? 0 : (info.rotated ? 1 : (d + 31) / 32) * 128);
           };
           const auto codes = [](int64_t code, int64_t d) {
             const CodecInfo& info = inputs::info_of(code);

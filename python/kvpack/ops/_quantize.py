@@ -12,19 +12,28 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference import SIDES, signs
+from ..reference import SIDES, hadamard_matrix, order_of, signs
 from ._tables import Codec
 
 
-def fwht(y: Tensor) -> Tensor:
-    """Unnormalised Walsh-Hadamard transform of the last axis, stages with stride d/2, d/4, ..., 1."""
+def hadamard(y: Tensor, inverse: bool = False) -> Tensor:
+    """Unnormalised H_d of the last axis, d = m * 2^a (H_d^T if ``inverse``): stages with stride 2^a/2, ..., 1, then
+    the terms of H_m, added one after the other."""
     shape, d = y.shape, y.shape[-1]
-    stride = d // 2
+    m = order_of(d)
+    stride = d // m // 2
     while stride >= 1:
         pairs = y.reshape(-1, 2, stride)
         a, b = pairs[:, 0], pairs[:, 1]
         y = torch.stack((a + b, a - b), dim=1)
         stride //= 2
+    if m > 1:
+        signs_of_m = torch.tensor(hadamard_matrix(m).tolist(), dtype=torch.float32, device=y.device)
+        columns = (signs_of_m if inverse else signs_of_m.T)[:, :, None]
+        rows = y.reshape(-1, m, 1, d // m)
+        y = columns[0] * rows[:, 0]
+        for s in range(1, m):
+            y = y + columns[s] * rows[:, s]
     return y.reshape(shape)
 
 
@@ -34,13 +43,13 @@ def sign_vector(d: int, like: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, inverse: bool) -> Tensor:
-    """R x = FWHT(s * x) / sqrt(d), or its inverse R^T, of float32 vectors x [..., d]."""
+    """R x = H_d (s * x) / sqrt(d), or its inverse R^T, of float32 vectors x [..., d]."""
     d = x.shape[-1]
     s = sign_vector(d, x)
     unit = 1.0 / math.sqrt(d)
     if inverse:
-        return s * (fwht(x) * unit)
-    return fwht(s * x) * unit
+        return s * (hadamard(x, inverse=True) * unit)
+    return hadamard(s * x) * unit
 
 
 def _power(e: Tensor) -> Tensor:
@@ -95,7 +104,7 @@ def _encode_rotated(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     n2 = _lanes16(xs * xs)
     n2 = torch.where(zero, torch.ones_like(n2), n2)
     r = _sqrt(n2)
-    y = fwht(sign_vector(d, x) * xs)
+    y = hadamard(sign_vector(d, x) * xs)
     z = y * (torch.ones_like(r) / r)[..., None]
     size = z.abs()
     magnitude = torch.zeros_like(z, dtype=torch.int32)
@@ -116,8 +125,19 @@ def _encode_rotated(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), scale[..., None]
 
 
+def _in_blocks(x: Tensor, size: int) -> Tensor:
+    """[..., d] to [..., blocks, size]; a short last block is filled up with zeros."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def _from_blocks(blocks: Tensor, d: int) -> Tensor:
+    """The inverse of ``_in_blocks``."""
+    return blocks.reshape(*blocks.shape[:-2], -1)[..., :d].contiguous()
+
+
 def _encode_q8_0(x: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    blocks = _in_blocks(x, 32)
     m = blocks.abs().amax(dim=-1)
     zero = m == 0
     xs, power = _normalise(blocks, m)
@@ -125,11 +145,11 @@ def _encode_q8_0(x: Tensor) -> tuple[Tensor, Tensor]:
     step = m1 / torch.full_like(m1, 127.0)
     codes = torch.round(xs * (torch.ones_like(step) / step)[..., None]) + 128.0
     scale = torch.where(zero, torch.zeros_like(step), step * power)
-    return codes.to(torch.uint8).reshape(x.shape), scale
+    return _from_blocks(codes.to(torch.uint8), x.shape[-1]), scale
 
 
 def _encode_q4_0(x: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    blocks = _in_blocks(x, 32)
     size = blocks.abs()
     first = size.argmax(dim=-1, keepdim=True)  # the first of equals
     m = size.amax(dim=-1)
@@ -140,7 +160,7 @@ def _encode_q4_0(x: Tensor) -> tuple[Tensor, Tensor]:
     step = peak / torch.full_like(peak, -8.0)
     codes = torch.trunc(xs * (torch.ones_like(step) / step)[..., None] + 8.5).clamp(max=15.0)
     scale = torch.where(zero, torch.zeros_like(step), step * power)
-    return codes.to(torch.uint8).reshape(x.shape), scale
+    return _from_blocks(codes.to(torch.uint8), x.shape[-1]), scale
 
 
 def check_finite(x: Tensor, side: int) -> None:
@@ -183,5 +203,5 @@ def dequantize(codes: Tensor, scales: Tensor, codec: Codec) -> Tensor:
         levels = torch.tensor(family.levels, dtype=torch.float32, device=codes.device)
         return rotate(scales.to(torch.float32) * levels[codes.to(torch.int64)], inverse=True)
     middle = float(1 << (family.bits - 1))
-    blocks = codes.to(torch.float32).reshape(*codes.shape[:-1], -1, family.scale_block) - middle
-    return (blocks * scales.to(torch.float32)[..., None]).reshape(codes.shape)
+    blocks = _in_blocks(codes.to(torch.float32), family.scale_block) - middle
+    return _from_blocks(blocks * scales.to(torch.float32)[..., None], codes.shape[-1])

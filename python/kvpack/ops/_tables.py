@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import CODEBOOKS, CODECS, HEAD_SIZES, SCALE_RULES
+from ..reference import CODEBOOKS, CODECS, HEAD_SIZES, SCALE_RULES, unsupported_head_size
 from ..reference import TILE as TILE  # explicitly, for the other modules here
 
 PAGE_TILES = 4
@@ -77,7 +77,7 @@ class Codec(NamedTuple):
         """Scales per token: 0 for exact, 1 for rotated codecs."""
         if self.exact:
             return 0
-        return head_dim // self.family.scale_block if self.family.scale_block else 1
+        return -(-head_dim // self.family.scale_block) if self.family.scale_block else 1
 
 
 class Sections(NamedTuple):
@@ -124,7 +124,7 @@ def check_head_dim(head_dim: int) -> int:
     """The head size as a plain int; ValueError if this release does not accept it."""
     head_dim = int(head_dim)  # under torch.compile: specialises, since the layout is given as plain integers
     if head_dim not in HEAD_SIZES:
-        raise ValueError(f"head size {head_dim} is not supported; allowed: {', '.join(map(str, HEAD_SIZES))}")
+        raise ValueError(unsupported_head_size(head_dim))
     return head_dim
 
 

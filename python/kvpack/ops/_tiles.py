@@ -5,6 +5,9 @@ and *depth*: a key's lanes are tokens and its depth dims, a value's lanes are di
 
     superblock (64 lanes) > unit (4 * UV depths) > block (16 lanes) > plane > line of 64 bytes
     line byte = (lane % 16) * 4 + depth % 4; j = (depth / 4) % UV places the code inside the byte
+
+Where the depth ends in the middle of a unit of 8 dwords, each pair of blocks shares one more unit, after all others of
+its superblock: the dwords of the first block, then those of the second.
 """
 
 from __future__ import annotations
@@ -55,14 +58,20 @@ def pack_codes(codes: Tensor, bits: int, side: int) -> Tensor:
     grid = codes if side == KEY else codes.transpose(-1, -2)  # [..., lane, depth]
     head, (lanes, depth) = grid.shape[:-2], grid.shape[-2:]
     uv = _VALUES_PER_BYTE_COLUMN[bits]
+    whole = depth // (4 * uv) * 4 * uv
     out = []
     for first, width in _superblocks(lanes):
         nb = min(width, 64) // 16
-        part = grid[..., first : first + width, :]
+        part = grid[..., first : first + width, :].reshape(-1, width // (16 * nb), nb, 16, depth)
         # superblock, block, lane, unit, j, depth % 4  ->  superblock, unit, block, j, lane, depth % 4
-        part = part.reshape(-1, width // (16 * nb), nb, 16, depth // (4 * uv), uv, 4)
-        fields = part.permute(0, 1, 4, 2, 5, 3, 6)
-        out.append(_merge(fields, bits).reshape(*head, width * depth * bits // 8))
+        units = part[..., :whole].reshape(*part.shape[:4], whole // (4 * uv), uv, 4)
+        lines = [_merge(units.permute(0, 1, 4, 2, 5, 3, 6), bits).flatten(2)]
+        if whole < depth:
+            # superblock, pair, half, lane, j, depth % 4  ->  superblock, pair, half and j, lane, depth % 4
+            rest = part[..., whole:].reshape(-1, part.shape[1], nb // 2, 2, 16, uv // 2, 4)
+            shared = rest.permute(0, 1, 2, 3, 5, 4, 6).flatten(3, 4)
+            lines.append(_merge(shared, bits).flatten(2))
+        out.append(torch.cat(lines, dim=-1).reshape(*head, width * depth * bits // 8))
     return torch.cat(out, dim=-1)
 
 
@@ -70,14 +79,19 @@ def unpack_codes(data: Tensor, bits: int, side: int, head_dim: int) -> Tensor:
     """Codes uint8 [..., 64, d] of the bytes [..., 64*d*bits/8]."""
     lanes, depth = (TILE, head_dim) if side == KEY else (head_dim, TILE)
     uv = _VALUES_PER_BYTE_COLUMN[bits]
-    planes = bits * uv // 8
+    planes, whole = bits * uv // 8, depth // (4 * uv) * 4 * uv
     out = []
     for first, width in _superblocks(lanes):
         nb = min(width, 64) // 16
         part = data[..., first * depth * bits // 8 : (first + width) * depth * bits // 8]
-        part = part.reshape(-1, width // (16 * nb), depth // (4 * uv), nb, planes, 16, 4)
-        fields = _part(part, bits).permute(0, 1, 3, 5, 2, 4, 6)
-        out.append(fields.reshape(*data.shape[:-1], width, depth))
+        part = part.reshape(-1, width // (16 * nb), 2 * nb * depth * bits)
+        units = part[..., : 2 * nb * whole * bits].reshape(-1, part.shape[1], whole // (4 * uv), nb, planes, 16, 4)
+        fields = [_part(units, bits).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)]
+        if whole < depth:
+            shared = part[..., 2 * nb * whole * bits :].reshape(-1, part.shape[1], nb // 2, planes, 16, 4)
+            halves = _part(shared, bits).unflatten(3, (2, uv // 2)).permute(0, 1, 2, 3, 5, 4, 6)
+            fields.append(halves.flatten(2, 3).flatten(4))
+        out.append(torch.cat(fields, dim=-1).reshape(*data.shape[:-1], width, depth))
     grid = torch.cat(out, dim=-2)
     return grid if side == KEY else grid.transpose(-1, -2)
 

@@ -1,6 +1,7 @@
 """The specification of kvpack in NumPy: what every backend is tested against. Depends on numpy only.
 
     codebooks   levels, units and thresholds of the Lloyd-Max codecs, and where they come from
+    hadamard    Hadamard matrices and transforms
     rotation    the randomized Hadamard rotation
     quantize    vectors <-> codes and scales; the table of codecs
     packing     codes and scales <-> canonical bytes of one tile
@@ -28,9 +29,10 @@ from .codec import (
     split_pages,
     split_record,
 )
+from .hadamard import fwht, hadamard_matrix, hadamard_transform, order_of
 from .packing import SIDES, TILE
-from .quantize import CODECS, HEAD_SIZES, SCALE_RULES, dequantize, quantize
-from .rotation import fwht, rotate, sign_words, signs
+from .quantize import CODECS, HEAD_SIZES, SCALE_RULES, dequantize, quantize, unsupported_head_size
+from .rotation import rotate, sign_words, signs
 from .window import packed_tokens
 
 __all__ = [
@@ -48,10 +50,13 @@ __all__ = [
     "distortion",
     "encode",
     "fwht",
+    "hadamard_matrix",
+    "hadamard_transform",
     "join_pages",
     "join_record",
     "lloyd_max",
     "names",
+    "order_of",
     "packed_tokens",
     "page_bytes",
     "positions",
@@ -65,4 +70,5 @@ __all__ = [
     "sink_start",
     "split_pages",
     "split_record",
+    "unsupported_head_size",
 ]

@@ -23,9 +23,14 @@ A byte of a line holds codes of one lane: those at the same depth % 4 in every d
     3 bit  plane p: code_2p | code_2p+1 << 3 | (bits 2p, 2p+1 of w) << 6    (8 dwords)
            where w = code_6 | code_7 << 3
 
+Where the depth ends in the middle of a unit of 8 dwords (keys of head sizes 80 and 112), lane blocks share their last
+unit two by two: of the unit of lane blocks 2n and 2n + 1, dwords 0..3 belong to the first and 4..7 to the second.
+Shared units follow the whole units of their superblock, in the order of n.
+
 `exact` keeps whole elements: keys [dim][token], values [token][dim], little endian.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -66,9 +71,6 @@ def _check(bits: int, side: str, d: int) -> None:
         raise ValueError(f"{bits} bits per code are not supported; supported: 8, 4, 3, 2")
     if d < 16 or d % 16:
         raise ValueError(f"head size {d} is not a multiple of 16")
-    unit = 4 * _DWORDS[bits]
-    if side == "key" and d % unit:  # the depth of values is the 64 tokens
-        raise ValueError(f"head size {d} is not a multiple of {unit}, which {bits}-bit key codes need")
 
 
 def _fields_to_planes(codes: U8, bits: int) -> U8:
@@ -93,10 +95,23 @@ def _planes_to_fields(planes: U8, bits: int) -> U8:
     return np.stack(fields, axis=-2)
 
 
+def _to_lines(fields: U8, bits: int, axes: int) -> U8:
+    """uint8 [..., lane, dword, 4] codes of units -> bytes [..., plane, lane, 4], the last `axes` axes made one."""
+    lines = np.swapaxes(_fields_to_planes(fields, bits), -3, -2)
+    return lines.reshape(*lines.shape[:-axes], math.prod(lines.shape[-axes:]))
+
+
+def _from_lines(data: U8, bits: int) -> U8:
+    """The inverse for whole units: uint8 [..., bytes] -> codes [..., unit, lane, dword, 4]."""
+    size = 64 * _PLANES[bits]
+    lines = data.reshape(*data.shape[:-1], data.shape[-1] // size, _PLANES[bits], 16, 4)
+    return _planes_to_fields(np.swapaxes(lines, -3, -2), bits)
+
+
 def pack_codes(codes: U8, bits: int, side: str) -> U8:
     """uint8 [..., 64 tokens, d] codes of a tile -> uint8 [..., 8 * d * bits] canonical bytes.
 
-    d: a multiple of 16; 3-bit keys need a multiple of 32. ValueError for other sizes and for larger codes.
+    d: a multiple of 16. ValueError for other sizes and for larger codes.
     """
     tokens, d = codes.shape[-2:]
     _check(bits, side, d)
@@ -106,14 +121,20 @@ def pack_codes(codes: U8, bits: int, side: str) -> U8:
         raise ValueError(f"code {int(codes.max())} has more than {bits} bits")
     lead = codes.shape[:-2]
     lanes = codes if side == "key" else np.swapaxes(codes, -1, -2)  # [..., lane, depth]
+    depth, dwords = lanes.shape[-1], _DWORDS[bits]
+    units = depth // (4 * dwords)
     out = []
     for first in range(0, lanes.shape[-2], 64):
-        block = lanes[..., first : first + 64, :]
-        units = block.shape[-1] // (4 * _DWORDS[bits])
-        fields = block.reshape(*lead, block.shape[-2] // 16, 16, units, _DWORDS[bits], 4)
-        # [..., lane block, lane, unit, plane, byte] -> [..., unit, lane block, plane, lane, byte]
-        lines = np.moveaxis(_fields_to_planes(fields, bits), (-3, -5, -2, -4), (-5, -4, -3, -2))
-        out.append(lines.reshape(*lead, block.shape[-2] * block.shape[-1] * bits // 8))
+        superblock = lanes[..., first : first + 64, :]
+        blocks = superblock.shape[-2] // 16
+        whole = superblock[..., : 4 * dwords * units].reshape(*lead, blocks, 16, units, dwords, 4)
+        # [..., lane block, lane, unit, dword, byte] -> [..., unit, lane block, lane, dword, byte]
+        out.append(_to_lines(np.moveaxis(whole, -3, -5), bits, 5))
+        if 4 * dwords * units < depth:
+            rest = superblock[..., 4 * dwords * units :].reshape(*lead, blocks // 2, 2, 16, dwords // 2, 4)
+            # [..., pair, half, lane, dword, byte] -> [..., pair, lane, half and dword, byte]
+            shared = np.swapaxes(rest, -4, -3).reshape(*lead, blocks // 2, 16, dwords, 4)
+            out.append(_to_lines(shared, bits, 4))
     return np.concatenate(out, axis=-1)
 
 
@@ -126,15 +147,20 @@ def unpack_codes(packed: U8, bits: int, side: str, d: int) -> U8:
         )
     lead = packed.shape[:-1]
     lanes, depth = (TILE, d) if side == "key" else (d, TILE)
-    units = depth // (4 * _DWORDS[bits])
+    dwords = _DWORDS[bits]
+    units = depth // (4 * dwords)
+    rest = depth - 4 * dwords * units
     out, start = [], 0
     for first in range(0, lanes, 64):
-        width = min(64, lanes - first)
-        size = width * depth * bits // 8
-        lines = packed[..., start : start + size].reshape(*lead, units, width // 16, _PLANES[bits], 16, 4)
-        planes = np.moveaxis(lines, (-5, -4, -3, -2), (-3, -5, -2, -4))
-        out.append(_planes_to_fields(planes, bits).reshape(*lead, width, depth))
-        start += size
+        blocks = min(64, lanes - first) // 16
+        middle, end = start + 2 * blocks * 4 * dwords * units * bits, start + 2 * blocks * depth * bits
+        fields = _from_lines(packed[..., start:middle], bits).reshape(*lead, units, blocks, 16, dwords, 4)
+        parts = [np.moveaxis(fields, -5, -3).reshape(*lead, 16 * blocks, 4 * dwords * units)]
+        if rest:
+            shared = _from_lines(packed[..., middle:end], bits).reshape(*lead, blocks // 2, 16, 2, dwords // 2, 4)
+            parts.append(np.swapaxes(shared, -4, -3).reshape(*lead, 16 * blocks, rest))
+        out.append(np.concatenate(parts, axis=-1))
+        start = end
     codes = np.concatenate(out, axis=-2)
     return codes if side == "key" else np.swapaxes(codes, -1, -2)
 

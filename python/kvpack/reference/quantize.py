@@ -5,7 +5,8 @@ codes and the same scales, bit for bit. No operation may be contracted (FMA), re
 zero. Decoders are specified in float64.
 
 A codec here is one entry of the table: a function from vectors to codes and float32 scales, and one back. The
-number of codes of a vector is its head size d; it has one scale for each block of `scale_block` values.
+number of codes of a vector is its head size d; it has one scale for each block of `scale_block` values, the last
+of which may be shorter.
 """
 
 from collections.abc import Callable
@@ -29,14 +30,15 @@ __all__ = [
     "dequantize",
     "quantize",
     "scale_rule",
+    "unsupported_head_size",
 ]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Codes = NDArray[np.uint8]
 
-HEAD_SIZES = (64, 128, 256)
-"""Head sizes that the codecs of this release accept."""
+HEAD_SIZES = (64, 80, 96, 112, 128, 160, 192, 256)
+"""Head sizes that the codecs of this release accept: a power of two times 1, 12, 20 or 28, in this range."""
 
 DEFAULT_RULE = "norm"
 
@@ -54,7 +56,7 @@ class Codec:
 
     def scales_of(self, d: int) -> int:
         """Scales of one vector of d values."""
-        return d // self.scale_block if self.scale_block else 1
+        return -(-d // self.scale_block) if self.scale_block else 1
 
 
 def _lloyd_max(id: int, bits: int) -> Codec:
@@ -89,7 +91,13 @@ def scale_rule(name: str, scale: str | None) -> str:
 def check_head_size(d: int) -> None:
     """ValueError unless d is one of HEAD_SIZES."""
     if d not in HEAD_SIZES:
-        raise ValueError(f"head size {d} is not supported; supported: {', '.join(map(str, HEAD_SIZES))}")
+        raise ValueError(unsupported_head_size(d))
+
+
+def unsupported_head_size(d: int) -> str:
+    """The message for a head size that is not one of HEAD_SIZES."""
+    allowed = ", ".join(map(str, HEAD_SIZES))
+    return f"head size {d} is not supported; allowed: {allowed} (2^a times 1, 12, 20 or 28)"
 
 
 def _lookup(name: str) -> Codec:

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codebooks import Codebook
+from .hadamard import hadamard_transform
 from .normalise import lanes16_sum, normalise
-from .rotation import fwht, rotate, signs
+from .rotation import rotate, signs
 
 __all__ = ["SCALE_RULES", "assign", "lloyd_max_dequantize", "lloyd_max_quantize"]
 
@@ -88,7 +89,7 @@ def lloyd_max_quantize(x: F32, rule: str, *, book: Codebook) -> tuple[Codes, F32
     n2 = lanes16_sum(scaled * scaled)[:, None]
     n2 = np.where(live, n2, np.float32(1))  # no division by zero; vectors of zeros are set at the end
     r: F32 = np.sqrt(n2)
-    y = fwht(signs(d) * scaled)  # sqrt(d) R x'
+    y = hadamard_transform(signs(d) * scaled)  # sqrt(d) R x'
 
     inv = np.float32(1) / r
     codes = assign(y * inv, book)

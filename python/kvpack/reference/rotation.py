@@ -1,22 +1,22 @@
-"""The randomized Hadamard rotation R: random signs, then a Walsh-Hadamard transform.
+"""The randomized Hadamard rotation R: random signs, then a Hadamard transform (`hadamard`).
 
-    R x   = FWHT(s * x) / sqrt(d)          R^T y = s * FWHT(y) / sqrt(d)          s in {-1, +1}^d
+    R x   = H (s * x) / sqrt(d)          R^T y = s * (H^T y) / sqrt(d)          s in {-1, +1}^d
 
 R is orthonormal: norms and inner products survive, and a vector with outlier channels comes out looking like
 Gaussian noise, which is what the codebooks are made for (TurboQuant, arXiv 2504.19874, section 3, with a
-Hadamard transform in the place of its dense rotation). The encoder uses `fwht` in float32, and no division.
+Hadamard transform in the place of its dense rotation). The encoder uses H in float32, and no division.
 """
 
 import math
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["fwht", "rotate", "sign_words", "signs"]
+from .hadamard import hadamard_transform
 
-Float = TypeVar("Float", np.float32, np.float64)
+__all__ = ["rotate", "sign_words", "signs"]
 
 MASK64 = 2**64 - 1
 SEED = 0x6B76_7061_636B_0000  # "kvpack" in ASCII, shifted left by 16 bits; the head size is added
@@ -46,34 +46,14 @@ def signs(d: int) -> NDArray[np.float32]:
     return s
 
 
-def fwht(x: NDArray[Float]) -> NDArray[Float]:
-    """Unnormalised Walsh-Hadamard transform of the last axis (a power of two), in the dtype of x.
-
-    Stages with stride h = d/2, d/4, ..., 1; each takes (a, b) at (i, i + h) to (a + b, a - b). The order of
-    the stages decides the rounding, so it is part of the format.
-    x: float32 or float64 [..., d]. ValueError if d is not a power of two.
-    """
-    d = x.shape[-1]
-    if d < 1 or d & (d - 1):
-        raise ValueError(f"the Hadamard transform needs a power of two, not {d}")
-    # Work on [d, vectors]: the same operations, with long contiguous rows at every stride.
-    y = np.array(x.reshape(-1, d).T, order="C")
-    h = d // 2
-    while h >= 1:
-        pairs = y.reshape(d // (2 * h), 2, h, -1)
-        a, b = pairs[:, 0], pairs[:, 1]
-        y = np.stack((a + b, a - b), axis=1).reshape(d, -1)
-        h //= 2
-    return np.ascontiguousarray(y.T).reshape(x.shape)
-
-
 def rotate(x: NDArray[Any], inverse: bool = False) -> NDArray[np.float64]:
     """R x, or R^T x if `inverse`, in float64.
 
-    x: any real dtype [..., d], d a power of two. Returns float64 [..., d]. ValueError for another d.
+    x: any real dtype [..., d], d a power of two times 1, 12, 20 or 28. Returns float64 [..., d]. ValueError for
+    another d.
     """
     wide = np.asarray(x, np.float64)
     d = wide.shape[-1]
     s = signs(d).astype(np.float64)
-    y: NDArray[np.float64] = s * fwht(wide) if inverse else fwht(s * wide)
+    y: NDArray[np.float64] = s * hadamard_transform(wide, inverse=True) if inverse else hadamard_transform(s * wide)
     return y / math.sqrt(d)

@@ -1,0 +1,49 @@
+// The trellis codecs: randomized Hadamard rotation, a trellis code (codecs/trellis.h), one scale per vector.
+//
+// A sequence runs along the depth axis of the tile (format.h): for keys along the dims of a token, for values along the
+// 64 tokens of a dim. It visits depths 0, 4, 8, ..., then 1, 5, 9, ..., then those from 2 and from 3: the four byte
+// columns of a line are four runs of one circular sequence, each a plain bit stream that byte shifts decode, 64 bytes
+// at a time:
+//
+//   ... | code i-2 | code i-1 | code i |          bit e = the last (newest) bit of code i
+//         `------- window: bits e-8 .. e ------'  index = bits e-7 .. e-1, negative where bit e xor bit e-8 is set
+//
+// So decoding is random access, there is no state to store, and every bit string is a valid code.
+//
+// Source: trellis-coded quantization (Marcellin, Fischer 1990); bitshift trellises as in QTIP (arXiv 2406.11235).
+#pragma once
+#include "codecs/traits.h"
+#include "codecs/trellis.h"
+
+namespace kvpack {
+
+template <class TrellisCode>
+struct Tcq : CodecDefaults {
+  using Code = TrellisCode;
+  static constexpr int32_t kBits = Code::kEvenBits;
+  static constexpr bool kRotated = true, kScaleRules = true, kTrellis = true;
+  static constexpr double kUnit = Code::levels().unit / 8192.0;
+  static_assert(Code::kEvenBits == Code::kOddBits);
+};
+
+using Tcq1 = Tcq<Tcq1Code>;
+using Tcq2 = Tcq<Tcq2Code>;
+using Tcq3 = Tcq<Tcq3Code>;
+using Tcq4 = Tcq<Tcq4Code>;
+
+// Step n of a sequence of `steps` is this depth of the tile.
+constexpr int32_t trellis_depth(int32_t n, int32_t steps) { return n % (steps / 4) * 4 + n / (steps / 4); }
+
+// The window after one more code, and its level.
+template <class Code>
+constexpr uint32_t next_window(uint32_t window, uint32_t code) {
+  return window >> Code::kEvenBits | code << (9 - Code::kEvenBits);
+}
+template <class Code>
+constexpr int8_t window_level(uint32_t window) {
+  constexpr TrellisLevels levels = Code::levels();
+  const int8_t level = levels.level[0][(window >> 1) & 127];
+  return static_cast<int8_t>(((window ^ (window >> 8)) & 1) != 0 ? -level : level);
+}
+
+}  // namespace kvpack
