@@ -38,20 +38,24 @@ void encode_rows(const Vectors& x, int64_t n, int64_t tokens, int64_t codec, int
   const int64_t tiles = (tokens + kTile - 1) / kTile;
   for (int64_t i = 0; i < n; ++i) {
     const Row row = row_at(layout, out, i, tiles);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = t * kTile;
-      const auto count = static_cast<int32_t>(tokens - first < kTile ? tokens - first : kTile);
-      const Vectors from{x.data + (i * tokens + first) * x.stride, x.dtype, x.stride};
-      const TileSide tile = row.tile(t);
-      if (layout.center == Center::mean) {
-        const int64_t group = layout.mean_of(t);
-        if (t % kPageTiles == 0 && t != 0) std::memcpy(row.mean(group), row.mean(group - 1), layout.mean_bytes());
-        if (t == 0) std::memset(row.mean(0), 0, layout.mean_bytes());
-        if (*tile.mean_scale == 0)  // no token so far that is not all zeros
-          encode_mean(from, count, codec, layout.head_dim, side, tile, first);
+    const auto each_tile = [&](auto&& body) {
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t first = t * kTile;
+        const auto count = static_cast<int32_t>(tokens - first < kTile ? tokens - first : kTile);
+        body(t, Vectors{x.data + (i * tokens + first) * x.stride, x.dtype, x.stride}, count, first);
       }
-      encode_tile(from, count, codec, layout.head_dim, side, tile, first);
-    }
+    };
+    if (layout.center == Center::mean)
+      each_tile([&](int64_t t, const Vectors& from, int32_t count, int64_t first) {
+        const int64_t group = layout.mean_of(t);
+        if (t == 0) std::memset(row.mean(0), 0, layout.mean_bytes());
+        if (t % kPageTiles == 0 && t != 0) std::memcpy(row.mean(group), row.mean(group - 1), layout.mean_bytes());
+        if (*row.tile(t).mean_scale == 0)  // no token so far that is not all zeros
+          encode_mean(from, count, codec, layout.head_dim, side, row.tile(t), first);
+      });
+    each_tile([&](int64_t t, const Vectors& from, int32_t count, int64_t first) {
+      encode_tile(from, count, codec, layout.head_dim, side, row.tile(t), first);
+    });
   }
 }
 

@@ -19,9 +19,12 @@ from .codec import (
     codec_code,
     decode,
     encode,
+    encode_means,
+    join_means,
     join_pages,
     join_record,
     names,
+    means_bytes,
     page_bytes,
     record_bytes,
     sections,
@@ -31,12 +34,13 @@ from .codec import (
 )
 from .hadamard import fwht, hadamard_matrix, hadamard_transform, order_of
 from .packing import SIDES, TILE
-from .quantize import CODECS, HEAD_SIZES, SCALE_RULES, dequantize, quantize, unsupported_head_size
+from .quantize import CENTERS, CODECS, HEAD_SIZES, SCALE_RULES, dequantize, means, quantize, unsupported_head_size
 from .rotation import rotate, sign_words, signs
 from .window import packed_tokens
 
 __all__ = [
     "CODEBOOKS",
+    "CENTERS",
     "CODECS",
     "HEAD_SIZES",
     "SCALE_RULES",
@@ -49,15 +53,19 @@ __all__ = [
     "dequantize",
     "distortion",
     "encode",
+    "encode_means",
     "fwht",
     "hadamard_matrix",
     "hadamard_transform",
+    "join_means",
     "join_pages",
     "join_record",
     "lloyd_max",
     "names",
     "order_of",
     "packed_tokens",
+    "means",
+    "means_bytes",
     "page_bytes",
     "positions",
     "quantize",

@@ -1,4 +1,4 @@
-"""Codebooks of the Lloyd-Max codecs (tq2, tq3, tq4): int8 levels, units, thresholds, and their derivation.
+"""Codebooks of the Lloyd-Max codecs (tq1 to tq4, tqr3): int8 levels, units, thresholds, and their derivation.
 
 After the rotation, every coordinate of a vector divided by its root mean square is close to N(0, 1). A
 codebook is therefore the Lloyd-Max quantizer of N(0, 1), one table for every head size (it costs about 0.1 %
@@ -36,6 +36,11 @@ class Codebook:
     unit: float
 
     @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return len(self.positive).bit_length()
+
+    @property
     def levels(self) -> NDArray[np.int8]:
         """int8 [2^bits], ascending; code i stands for levels[i]."""
         return np.array([-level for level in reversed(self.positive)] + list(self.positive), np.int8)
@@ -51,12 +56,17 @@ class Codebook:
         return np.array([(low + high) / 2 * self.unit for low, high in pairwise(self.positive)], np.float32)
 
 
-CODEBOOKS: dict[int, Codebook] = {
-    2: Codebook((30, 100), 0.015104),
-    3: Codebook((10, 31, 55, 88), 0.024448),
-    4: Codebook((5, 15, 25, 36, 48, 62, 79, 104), 0.026219),
+CODEBOOKS: dict[str, Codebook] = {
+    "tq1": Codebook((100,), 0.00797885),
+    "tq2": Codebook((30, 100), 0.015104),
+    "tq3": Codebook((10, 31, 55, 88), 0.024448),
+    "tq4": Codebook((5, 15, 25, 36, 48, 62, 79, 104), 0.026219),
+    # Two bits, then the sign of the residual: the levels of two bits (18 and 60 here) -+ the mean size of a residual,
+    # E|z - c(z)| = 0.2753. A constant will do, for after the rotation the residuals of all vectors look alike; the
+    # distortion is that of two bits less 0.2753^2.
+    "tqr3": Codebook((7, 29, 49, 71), 0.025176),
 }
-"""The codebook for each number of bits."""
+"""The codebook of each codec."""
 
 
 def _cells(centroids: Sequence[float]) -> list[tuple[float, float]]:

@@ -1,12 +1,13 @@
 """Codecs on bytes: tokens to the canonical bytes of their tiles and back; the records and pages of tiles.
 
-    side of a tile     [scales][mean][codes]                            64 tokens, one KV head
-    record of a tile   [K scales][V scales][K mean][V mean][K codes][V codes]
-    page               [KV head][slot 0..3][record]                     4 tiles
+    side of a tile     [scales][codes]                                  64 tokens, one KV head
+    record of a tile   [K scales][V scales][K codes][V codes]
+    page               [KV head] of [record of slot 0..3][means]        4 tiles
 
 Every section is a multiple of 64 bytes. `exact` has no scales; its codes are the elements themselves.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,29 @@ from .packing import (
     unpack_elements,
     unpack_scales,
 )
-from .quantize import CODECS, SCALE_RULES, check_finite, check_head_size, dequantize, quantize, scale_rule
+from .quantize import (
+    CENTERS,
+    CODECS,
+    SCALE_RULES,
+    check_finite,
+    check_head_size,
+    dequantize,
+    means,
+    quantize,
+    scale_rule,
+)
 
 __all__ = [
     "SIDES",
     "codec_code",
     "decode",
     "encode",
+    "encode_means",
+    "join_means",
     "join_pages",
     "join_record",
     "names",
+    "means_bytes",
     "page_bytes",
     "record_bytes",
     "sections",
@@ -42,7 +56,7 @@ __all__ = [
 ]
 
 U8 = NDArray[np.uint8]
-Sections = tuple[int, int, int]
+Sections = tuple[int, int]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -52,6 +66,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Element dtypes of `exact`, and how NumPy holds them; the position in the table is the dtype's number."""
 
 PAGE_TILES = 4
+LINE = 64
+MEANS_PER_PAGE = {"none": 0, "mean": 1, "tile": PAGE_TILES}
 
 
 def names() -> list[str]:
@@ -59,36 +75,49 @@ def names() -> list[str]:
     return ["exact", *CODECS]
 
 
-def codec_code(name: str, scale: str | None = None, dtype: str = "float32") -> int:
-    """The codec as one int: id | rule << 8 | dtype << 16 (rule 0 unless rotated, dtype 0 unless exact)."""
+def codec_code(
+    name: str, scale: str | None = None, dtype: str = "float32", center: str = "none", search: bool = False
+) -> int:
+    """The codec as one int: id | rule << 8 | dtype << 16 | center << 24 | search << 28.
+
+    The rule is 0 unless the codec has scale rules, the dtype 0 unless it is exact.
+    """
     rule = scale_rule(name, scale)
     if name == "exact":
         return list(DTYPES).index(_dtype(dtype)) << 16
-    return CODECS[name].id | (list(SCALE_RULES).index(rule) << 8 if CODECS[name].rotated else 0)
+    options = CENTERS.index(center) << 24 | int(search) << 28
+    return CODECS[name].id | (list(SCALE_RULES).index(rule) << 8 if rule else 0) | options
 
 
 def sections(name: str, head_dim: int, dtype: str = "float32") -> Sections:
-    """Bytes of (scales, mean, codes) of one side of a tile, key or value. `dtype` is for exact only."""
+    """Bytes of (scales, codes) of one side of a tile, key or value. `dtype` is for exact only."""
     check_head_size(head_dim)
     scale_rule(name, None)  # the name is known
     if name == "exact":
-        return 0, 0, TILE * head_dim * DTYPES[_dtype(dtype)].itemsize
+        return 0, TILE * head_dim * DTYPES[_dtype(dtype)].itemsize
     codec = CODECS[name]
-    return 2 * TILE * codec.scales_of(head_dim), 0, TILE * head_dim * codec.bits // 8
+    return 2 * TILE * codec.scales_of(head_dim), TILE * head_dim * codec.bits // 8
 
 
 def side_bytes(name: str, head_dim: int, side: str = "key", dtype: str = "float32") -> int:
-    """Bytes of one side of a tile. ValueError for an unknown codec, side, dtype or head size."""
+    """Bytes of one side of a tile, without means. ValueError for an unknown codec, side, dtype or head size."""
     check_side(side)
     return sum(sections(name, head_dim, dtype))
 
 
-def encode(x: NDArray[Any], name: str, scale: str | None = None, side: str = "key") -> U8:
-    """Canonical bytes of tokens: uint8 [..., ceil(tokens / 64), side_bytes].
+def encode(
+    x: NDArray[Any],
+    name: str,
+    scale: str | None = None,
+    side: str = "key",
+    center: str = "none",
+    search: bool = False,
+) -> U8:
+    """Canonical bytes of tokens: uint8 [..., ceil(tokens / 64), side_bytes]; see `encode_means` for the means.
 
     x: [..., tokens, d], float32 or float16; for `exact` also uint16, the bits of bfloat16 (its elements are
     kept as they are). The last tile is filled up with vectors of zeros.
-    scale: a scale rule, for rotated codecs only; None is their default, "norm".
+    scale, center, search: options of the codecs that have them, see `quantize`.
     ValueError for NaN and infinities, scales beyond fp16 (both name the token), unknown options and sizes.
     """
     check_side(side)
@@ -110,29 +139,45 @@ def encode(x: NDArray[Any], name: str, scale: str | None = None, side: str = "ke
             raise ValueError(f"x is {x.dtype}; exact keeps float32, float16, and uint16 for bfloat16")
         check_finite(x, side)
         return pack_elements(in_tiles(filled), side)
-    codes, scales = quantize(filled, name, scale, side)
-    return np.concatenate(
-        (pack_scales(in_tiles(scales)), pack_codes(in_tiles(codes), CODECS[name].bits, side)), axis=-1
-    )
+    codes, scales = quantize(filled, name, scale, side, center, search)
+    codec = CODECS[name]
+    packed = pack_codes(in_tiles(codes), codec.bits, side, codec.stream)
+    return np.concatenate((pack_scales(in_tiles(scales)), packed), axis=-1)
+
+
+def encode_means(x: NDArray[Any], name: str, center: str, side: str = "key") -> U8:
+    """The means of centring: uint8 [..., n, d + 2], the levels and the scale of each; n as `quantize.means` says."""
+    if name == "exact":
+        return np.zeros((*x.shape[:-2], 0, x.shape[-1] + 2), np.uint8)
+    levels, scales = means(np.asarray(x), name, center, side)
+    tail = np.ascontiguousarray(scales.astype("<f2"))[..., None].view(np.uint8)
+    return np.concatenate((levels.view(np.uint8), tail), axis=-1)
 
 
 def decode(
-    packed: U8, name: str, side: str, head_dim: int, tokens: int | None = None, dtype: str = "float32"
+    packed: U8,
+    name: str,
+    side: str,
+    head_dim: int,
+    tokens: int | None = None,
+    dtype: str = "float32",
+    mean: U8 | None = None,
 ) -> NDArray[np.float64]:
     """The values that canonical bytes stand for: float64 [..., tokens, head_dim].
 
     packed: uint8 [..., tiles, side_bytes]. tokens: how many are wanted, from the first; None: all.
-    dtype: of the elements, for `exact` only. ValueError for sizes that do not fit.
+    dtype: of the elements, for `exact` only. mean: as `encode_means` gives it; None: there is none.
+    ValueError for sizes that do not fit.
     """
-    scale_bytes, mean_bytes, code_bytes = sections(name, head_dim, dtype)
+    scale_bytes, code_bytes = sections(name, head_dim, dtype)
     if packed.ndim < 2 or packed.shape[-1] != side_bytes(name, head_dim, side, dtype):
-        want = scale_bytes + mean_bytes + code_bytes
+        want = scale_bytes + code_bytes
         raise ValueError(f"packed has the shape {packed.shape}; {name} needs [..., tiles, {want}] for d = {head_dim}")
     *lead, tiles, _ = packed.shape
     tokens = tiles * TILE if tokens is None else tokens
     if not 0 <= tokens <= tiles * TILE:
         raise ValueError(f"{tokens} tokens are not in {tiles} tiles; they hold up to {tiles * TILE}")
-    code_part = packed[..., scale_bytes + mean_bytes :]
+    code_part = packed[..., scale_bytes:]
     if name == "exact":
         elements = unpack_elements(code_part, side, head_dim, DTYPES[dtype])
         if dtype == "bfloat16":  # the upper half of a float32
@@ -140,8 +185,15 @@ def decode(
         with np.errstate(invalid="ignore"):  # signalling NaN
             x = elements.astype(np.float64)
     else:
-        codes = unpack_codes(code_part, CODECS[name].bits, side, head_dim)
-        x = dequantize(codes, unpack_scales(packed[..., :scale_bytes]), name)
+        codec = CODECS[name]
+        codes = unpack_codes(code_part, codec.bits, side, head_dim, codec.stream)
+        scales = unpack_scales(packed[..., :scale_bytes])
+        flat = (*lead, tiles * TILE)
+        found = None
+        if mean is not None and mean.shape[-2]:
+            step = np.ascontiguousarray(mean[..., head_dim:]).view("<f2")[..., 0].astype(np.float16)
+            found = mean[..., :head_dim].view(np.int8), step
+        x = dequantize(codes.reshape(*flat, head_dim), scales.reshape(*flat, scales.shape[-1]), name, side, found)
     return x.reshape(*lead, tiles * TILE, head_dim)[..., :tokens, :]
 
 
@@ -150,15 +202,21 @@ def record_bytes(key: Sections, value: Sections) -> int:
     return sum(key) + sum(value)
 
 
-def page_bytes(key: Sections, value: Sections, kv_heads: int) -> int:
-    """Bytes of a page of 4 tiles."""
-    return kv_heads * PAGE_TILES * record_bytes(key, value)
+def means_bytes(means: Sequence[tuple[str, int]]) -> int:
+    """Bytes of the means of one KV head in a page; means: (center, head size) of keys and of values."""
+    size = sum(MEANS_PER_PAGE[center] * (d + 2) for center, d in means)
+    return -(-size // LINE) * LINE
+
+
+def page_bytes(key: Sections, value: Sections, kv_heads: int, means: Sequence[tuple[str, int]] = ()) -> int:
+    """Bytes of a page of 4 tiles; `means` as in `means_bytes`."""
+    return kv_heads * (PAGE_TILES * record_bytes(key, value) + means_bytes(means))
 
 
 def join_record(key_side: U8, value_side: U8, key: Sections, value: Sections) -> U8:
     """Both sides of tiles, uint8 [..., key or value bytes] -> their records, uint8 [..., record_bytes]."""
-    of_key = np.split(key_side, np.cumsum(key)[:2], axis=-1)
-    of_value = np.split(value_side, np.cumsum(value)[:2], axis=-1)
+    of_key = np.split(key_side, np.cumsum(key)[:-1], axis=-1)
+    of_value = np.split(value_side, np.cumsum(value)[:-1], axis=-1)
     return np.concatenate([part for pair in zip(of_key, of_value, strict=True) for part in pair], axis=-1)
 
 
@@ -169,24 +227,43 @@ def split_record(records: U8, key: Sections, value: Sections) -> tuple[U8, U8]:
     return np.concatenate(parts[0::2], axis=-1), np.concatenate(parts[1::2], axis=-1)
 
 
-def join_pages(records: U8) -> U8:
+def join_means(pages: int, sides: Sequence[tuple[str, U8]]) -> U8:
+    """Means of a row, (center, uint8 [kv_heads, n, d + 2]) of keys and of values -> uint8 [kv_heads, pages, bytes].
+
+    | K means | V means | K scales | V scales |, zeros where there is no tile, filled up to a multiple of 64 bytes.
+    """
+    levels, scales = [], []
+    for center, mean in sides:
+        heads, n, size = mean.shape
+        filled = np.zeros((heads, pages * MEANS_PER_PAGE[center], size), np.uint8)
+        filled[:, :n] = mean
+        of_page = filled.reshape(heads, pages, MEANS_PER_PAGE[center], size)
+        levels.append(of_page[..., :-2].reshape(heads, pages, MEANS_PER_PAGE[center] * (size - 2)))
+        scales.append(of_page[..., -2:].reshape(heads, pages, MEANS_PER_PAGE[center] * 2))
+    joined = np.concatenate([*levels, *scales], axis=-1)
+    return np.pad(joined, ((0, 0), (0, 0), (0, -joined.shape[-1] % LINE)))
+
+
+def join_pages(records: U8, means: U8 | None = None) -> U8:
     """Records of a row, uint8 [kv_heads, tiles, record_bytes] -> pages, uint8 [ceil(tiles / 4), page_bytes].
 
     Tile t lies in page t // 4, slot t % 4. Slots without a tile are zero here; nothing may read them.
+    means: as `join_means` gives them; None: there are none.
     """
     heads, tiles, size = records.shape
     pages = (tiles + PAGE_TILES - 1) // PAGE_TILES
     filled = np.zeros((heads, pages * PAGE_TILES, size), np.uint8)
     filled[:, :tiles] = records
-    pages_first = np.swapaxes(filled.reshape(heads, pages, PAGE_TILES * size), 0, 1)
-    return pages_first.reshape(pages, heads * PAGE_TILES * size)
+    of_page = filled.reshape(heads, pages, PAGE_TILES * size)
+    if means is not None:
+        of_page = np.concatenate((of_page, means), axis=-1)
+    return np.swapaxes(of_page, 0, 1).reshape(pages, heads * of_page.shape[-1])
 
 
-def split_pages(pages: U8, kv_heads: int, tiles: int) -> U8:
-    """The inverse of join_pages: uint8 [kv_heads, tiles, record_bytes]."""
-    size = pages.shape[-1] // (kv_heads * PAGE_TILES)
-    heads_first = np.swapaxes(pages.reshape(len(pages), kv_heads, PAGE_TILES, size), 0, 1)
-    return heads_first.reshape(kv_heads, len(pages) * PAGE_TILES, size)[:, :tiles]
+def split_pages(pages: U8, kv_heads: int, tiles: int, record: int) -> U8:
+    """The records of pages: uint8 [kv_heads, tiles, record_bytes]; record: their size."""
+    heads_first = np.swapaxes(pages.reshape(len(pages), kv_heads, -1)[..., : PAGE_TILES * record], 0, 1)
+    return heads_first.reshape(kv_heads, len(pages) * PAGE_TILES, record)[:, :tiles]
 
 
 def _dtype(dtype: str) -> str:

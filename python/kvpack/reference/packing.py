@@ -20,8 +20,11 @@ A byte of a line holds codes of one lane: those at the same depth % 4 in every d
     8 bit  the code                      (1 dword)
     4 bit  code_j << 4 j                 (2 dwords)
     2 bit  code_j << 2 j                 (4 dwords)
+    1 bit  code_j << j                   (8 dwords)
     3 bit  plane p: code_2p | code_2p+1 << 3 | (bits 2p, 2p+1 of w) << 6    (8 dwords)
            where w = code_6 | code_7 << 3
+    3 bit, stream (trellis codes)  byte p of the 24 bits code_j << 3 j     (8 dwords)
+    5 bit  plane p < 4: the low 4 bits of code_2p and code_2p+1, as at 4 bits; plane 4: high bits, as at 1 bit
 
 Where the depth ends in the middle of a unit of 8 dwords (keys of head sizes 80 and 112), lane blocks share their last
 unit two by two: of the unit of lane blocks 2n and 2n + 1, dwords 0..3 belong to the first and 4..7 to the second.
@@ -55,8 +58,8 @@ TILE = 64
 SIDES = ("key", "value")
 """The position in this tuple is the side's number."""
 
-_DWORDS = {8: 1, 4: 2, 3: 8, 2: 4}
-_PLANES = {8: 1, 4: 1, 3: 3, 2: 1}
+_DWORDS = {8: 1, 5: 8, 4: 2, 3: 8, 2: 4, 1: 8}
+_PLANES = {8: 1, 5: 5, 4: 1, 3: 3, 2: 1, 1: 1}
 
 
 def check_side(side: str) -> None:
@@ -68,50 +71,67 @@ def check_side(side: str) -> None:
 def _check(bits: int, side: str, d: int) -> None:
     check_side(side)
     if bits not in _DWORDS:
-        raise ValueError(f"{bits} bits per code are not supported; supported: 8, 4, 3, 2")
+        raise ValueError(f"{bits} bits per code are not supported; supported: 8, 5, 4, 3, 2, 1")
     if d < 16 or d % 16:
         raise ValueError(f"head size {d} is not a multiple of 16")
 
 
-def _fields_to_planes(codes: U8, bits: int) -> U8:
+def _fields_to_planes(codes: U8, bits: int, stream: bool) -> U8:
     """uint8 [..., dwords, 4] codes -> [..., planes, 4] bytes."""
-    if bits == 3:
+    if bits == 3 and not stream:
         w = codes[..., 6, :] | codes[..., 7, :] << 3
         planes = [codes[..., 2 * p, :] | codes[..., 2 * p + 1, :] << 3 | (w >> 2 * p & 3) << 6 for p in range(3)]
         return np.stack(planes, axis=-2)
-    whole: U8 = codes[..., 0, :]
-    for j in range(1, _DWORDS[bits]):
-        whole = whole | codes[..., j, :] << np.uint8(bits * j)
-    return whole[..., None, :]
+    if bits == 5:
+        high = _merge(codes >> 4, 1)
+        planes = [_merge(codes[..., 2 * p : 2 * p + 2, :] & 15, 4) for p in range(4)]
+        return np.stack([*planes, high], axis=-2)
+    merged = _merge(codes, bits)
+    return np.stack([(merged >> 8 * p & 255).astype(np.uint8) for p in range(_PLANES[bits])], axis=-2)
 
 
-def _planes_to_fields(planes: U8, bits: int) -> U8:
+def _merge(codes: U8, bits: int) -> NDArray[Any]:
+    """[..., dwords, 4] -> [..., 4]: code_j << bits * j."""
+    wide = codes.astype(np.uint32 if bits * codes.shape[-2] > 8 else np.uint8)
+    out = wide[..., 0, :]
+    for j in range(1, codes.shape[-2]):
+        out = out | wide[..., j, :] << wide.dtype.type(bits * j)
+    return out
+
+
+def _planes_to_fields(planes: U8, bits: int, stream: bool) -> U8:
     """The inverse of _fields_to_planes."""
-    if bits == 3:
+    if bits == 3 and not stream:
         w = planes[..., 0, :] >> 6 | planes[..., 1, :] >> 6 << 2 | planes[..., 2, :] >> 6 << 4
         fields = [planes[..., j // 2, :] >> 3 * (j % 2) & 7 for j in range(6)] + [w & 7, w >> 3]
+    elif bits == 5:
+        fields = [planes[..., j // 2, :] >> 4 * (j % 2) & 15 | (planes[..., 4, :] >> j & 1) << 4 for j in range(8)]
     else:
-        fields = [planes[..., 0, :] >> bits * j & (1 << bits) - 1 for j in range(_DWORDS[bits])]
+        wide = planes.astype(np.uint32)
+        merged = wide[..., 0, :]
+        for p in range(1, _PLANES[bits]):
+            merged = merged | wide[..., p, :] << 8 * p
+        fields = [(merged >> bits * j & (1 << bits) - 1).astype(np.uint8) for j in range(_DWORDS[bits])]
     return np.stack(fields, axis=-2)
 
 
-def _to_lines(fields: U8, bits: int, axes: int) -> U8:
+def _to_lines(fields: U8, bits: int, stream: bool, axes: int) -> U8:
     """uint8 [..., lane, dword, 4] codes of units -> bytes [..., plane, lane, 4], the last `axes` axes made one."""
-    lines = np.swapaxes(_fields_to_planes(fields, bits), -3, -2)
+    lines = np.swapaxes(_fields_to_planes(fields, bits, stream), -3, -2)
     return lines.reshape(*lines.shape[:-axes], math.prod(lines.shape[-axes:]))
 
 
-def _from_lines(data: U8, bits: int) -> U8:
+def _from_lines(data: U8, bits: int, stream: bool) -> U8:
     """The inverse for whole units: uint8 [..., bytes] -> codes [..., unit, lane, dword, 4]."""
     size = 64 * _PLANES[bits]
     lines = data.reshape(*data.shape[:-1], data.shape[-1] // size, _PLANES[bits], 16, 4)
-    return _planes_to_fields(np.swapaxes(lines, -3, -2), bits)
+    return _planes_to_fields(np.swapaxes(lines, -3, -2), bits, stream)
 
 
-def pack_codes(codes: U8, bits: int, side: str) -> U8:
+def pack_codes(codes: U8, bits: int, side: str, stream: bool = False) -> U8:
     """uint8 [..., 64 tokens, d] codes of a tile -> uint8 [..., 8 * d * bits] canonical bytes.
 
-    d: a multiple of 16. ValueError for other sizes and for larger codes.
+    d: a multiple of 16. stream: of 3-bit codes, see above. ValueError for other sizes and for larger codes.
     """
     tokens, d = codes.shape[-2:]
     _check(bits, side, d)
@@ -129,16 +149,16 @@ def pack_codes(codes: U8, bits: int, side: str) -> U8:
         blocks = superblock.shape[-2] // 16
         whole = superblock[..., : 4 * dwords * units].reshape(*lead, blocks, 16, units, dwords, 4)
         # [..., lane block, lane, unit, dword, byte] -> [..., unit, lane block, lane, dword, byte]
-        out.append(_to_lines(np.moveaxis(whole, -3, -5), bits, 5))
+        out.append(_to_lines(np.moveaxis(whole, -3, -5), bits, stream, 5))
         if 4 * dwords * units < depth:
             rest = superblock[..., 4 * dwords * units :].reshape(*lead, blocks // 2, 2, 16, dwords // 2, 4)
             # [..., pair, half, lane, dword, byte] -> [..., pair, lane, half and dword, byte]
             shared = np.swapaxes(rest, -4, -3).reshape(*lead, blocks // 2, 16, dwords, 4)
-            out.append(_to_lines(shared, bits, 4))
+            out.append(_to_lines(shared, bits, stream, 4))
     return np.concatenate(out, axis=-1)
 
 
-def unpack_codes(packed: U8, bits: int, side: str, d: int) -> U8:
+def unpack_codes(packed: U8, bits: int, side: str, d: int, stream: bool = False) -> U8:
     """The inverse of pack_codes: uint8 [..., 8 * d * bits] -> uint8 [..., 64 tokens, d]."""
     _check(bits, side, d)
     if packed.shape[-1] != TILE * d * bits // 8:
@@ -154,10 +174,10 @@ def unpack_codes(packed: U8, bits: int, side: str, d: int) -> U8:
     for first in range(0, lanes, 64):
         blocks = min(64, lanes - first) // 16
         middle, end = start + 2 * blocks * 4 * dwords * units * bits, start + 2 * blocks * depth * bits
-        fields = _from_lines(packed[..., start:middle], bits).reshape(*lead, units, blocks, 16, dwords, 4)
+        fields = _from_lines(packed[..., start:middle], bits, stream).reshape(*lead, units, blocks, 16, dwords, 4)
         parts = [np.moveaxis(fields, -5, -3).reshape(*lead, 16 * blocks, 4 * dwords * units)]
         if rest:
-            shared = _from_lines(packed[..., middle:end], bits).reshape(*lead, blocks // 2, 16, 2, dwords // 2, 4)
+            shared = _from_lines(packed[..., middle:end], bits, stream).reshape(*lead, blocks // 2, 16, 2, dwords // 2, 4)
             parts.append(np.swapaxes(shared, -4, -3).reshape(*lead, 16 * blocks, rest))
         out.append(np.concatenate(parts, axis=-1))
         start = end

@@ -1,12 +1,12 @@
-"""Quantizers: head vectors to codes and scales, and back. The table `CODECS` names them all.
+"""Quantizers: the vectors of tiles to codes and scales, and back. The table `CODECS` names them all.
 
 Encoders work in float32, and the order of their operations is the specification: every backend gives the same
 codes and the same scales, bit for bit. No operation may be contracted (FMA), reordered, or flush denormals to
 zero. Decoders are specified in float64.
 
-A codec here is one entry of the table: a function from vectors to codes and float32 scales, and one back. The
-number of codes of a vector is its head size d; it has one scale for each block of `scale_block` values, the last
-of which may be shorter.
+A codec here is one entry of the table: a function from vectors to codes and float32 scales, and one from codes to
+integer levels; a value is scale * level, in the rotated domain plus the mean if there is one. The number of codes of
+a vector is its head size d; it has one scale for each block of `scale_block` values.
 """
 
 from collections.abc import Callable
@@ -17,30 +17,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import blocks_dequantize, q4_0_quantize, q8_0_quantize
+from .blocks import block_levels, blocks_quantize, rotated_blocks_quantize
 from .codebooks import CODEBOOKS
-from .rotated import SCALE_RULES, lloyd_max_dequantize, lloyd_max_quantize
+from .lloyd_max import lloyd_max_levels, lloyd_max_quantize
+from .rotated import SCALE_RULES, Mean, mean_of
+from .rotation import rotate
+from .tcq import tcq_levels, tcq_quantize
 
 __all__ = [
+    "CENTERS",
     "CODECS",
     "HEAD_SIZES",
     "SCALE_RULES",
     "Codec",
     "check_head_size",
     "dequantize",
+    "means",
     "quantize",
     "scale_rule",
-    "unsupported_head_size",
 ]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+F16 = NDArray[np.float16]
 Codes = NDArray[np.uint8]
 
 HEAD_SIZES = (64, 80, 96, 112, 128, 160, 192, 256)
 """Head sizes that the codecs of this release accept: a power of two times 1, 12, 20 or 28, in this range."""
 
 DEFAULT_RULE = "norm"
+
+CENTERS = ("none", "mean", "tile")
+"""What is subtracted before quantization: nothing, the frozen mean of the row, the mean of each tile. The position is
+the number in a codec code."""
 
 
 @dataclass(frozen=True)
@@ -49,36 +58,55 @@ class Codec:
 
     id: int  # in codec codes
     bits: int  # of one code
-    rotated: bool  # and so has scale rules
-    scale_block: int  # values that share one fp16 scale; 0: all of a vector
-    quantize: Callable[[F32, str], tuple[Codes, F32]]
-    dequantize: Callable[[Codes, F64], F64]
+    quantize: Callable[[F32, str, str, bool, Mean | None], tuple[Codes, F32]]  # x [n, 64, d], side, rule, search, mean
+    levels: Callable[[Codes, str], NDArray[np.int8]]  # codes [n, 64, d], side
+    rotated: bool = True
+    scale_rules: bool = True
+    scale_block: int = 0  # values that share one fp16 scale; 0: all of a vector
+    stream: bool = False  # codes are the bits of a stream (packing of 3 bits)
 
     def scales_of(self, d: int) -> int:
-        """Scales of one vector of d values."""
+        """Scales of one vector of d values; the last block may be shorter."""
         return -(-d // self.scale_block) if self.scale_block else 1
 
 
-def _lloyd_max(id: int, bits: int) -> Codec:
-    book = CODEBOOKS[bits]
-    there = partial(lloyd_max_quantize, book=book)
-    back = partial(lloyd_max_dequantize, book=book)
-    return Codec(id, bits, True, 0, there, back)
+def _lloyd_max(id: int, name: str) -> Codec:
+    book = CODEBOOKS[name]
+    there, back = partial(lloyd_max_quantize, book=book), partial(lloyd_max_levels, book=book)
+    return Codec(id, book.bits, there, back)
+
+
+def _blocks(id: int, bits: int, rotated: bool = False) -> Codec:
+    there = partial(rotated_blocks_quantize if rotated else blocks_quantize, bits=bits)
+    return Codec(id, bits, there, partial(block_levels, bits=bits), rotated, scale_rules=False, scale_block=32)
+
+
+def _trellis(id: int, k: int) -> Codec:
+    return Codec(id, k, partial(tcq_quantize, k=k), partial(tcq_levels, k=k), stream=True)
 
 
 CODECS: dict[str, Codec] = {
-    "q8_0": Codec(1, 8, False, 32, q8_0_quantize, partial(blocks_dequantize, zero=128)),
-    "q4_0": Codec(2, 4, False, 32, q4_0_quantize, partial(blocks_dequantize, zero=8)),
-    "tq2": _lloyd_max(3, bits=2),
-    "tq3": _lloyd_max(4, bits=3),
-    "tq4": _lloyd_max(5, bits=4),
+    "q8_0": _blocks(1, 8),
+    "q4_0": _blocks(2, 4),
+    "tq2": _lloyd_max(3, "tq2"),
+    "tq3": _lloyd_max(4, "tq3"),
+    "tq4": _lloyd_max(5, "tq4"),
+    "tq1": _lloyd_max(6, "tq1"),
+    "tqr3": _lloyd_max(7, "tqr3"),
+    "q5_0": _blocks(8, 5),
+    "rq8_0": _blocks(9, 8, rotated=True),
+    "rq4_0": _blocks(10, 4, rotated=True),
+    "tcq1": _trellis(11, 1),
+    "tcq2": _trellis(12, 2),
+    "tcq3": _trellis(13, 3),
+    "tcq4": _trellis(14, 4),
 }
 """Every codec that quantizes, by name."""
 
 
 def scale_rule(name: str, scale: str | None) -> str:
     """The scale rule that `scale` stands for, "" for codecs without one. ValueError for bad options."""
-    if name == "exact" or not _lookup(name).rotated:
+    if name == "exact" or not _lookup(name).scale_rules:
         if scale is not None:
             raise ValueError(f"{name} has no scale rules; scale={scale!r} fits rotated codecs only")
         return ""
@@ -121,35 +149,119 @@ def check_finite(x: NDArray[Any], side: str) -> None:
         raise ValueError(f"{side} {_token(where[:-1])}: dim {where[-1]} is {value}")
 
 
+def _tiles(x: NDArray[Any]) -> NDArray[Any]:
+    """[..., tokens, d] -> [n, 64, d], filled up with zeros to whole tiles."""
+    *lead, tokens, d = x.shape
+    filled = np.zeros((*lead, -(-tokens // 64) * 64, d), x.dtype)
+    filled[..., :tokens, :] = x
+    return filled.reshape(-1, 64, d)
+
+
+def _fp16(wide: F32, what: Callable[[NDArray[np.intp]], str]) -> F16:
+    """Scales in fp16; ValueError where one does not fit."""
+    with np.errstate(over="ignore", under="ignore"):
+        scales: F16 = wide.astype(np.float16)
+    if not np.isfinite(scales).all():
+        where = np.argwhere(~np.isfinite(scales))[0]
+        raise ValueError(f"{what(where)} {wide[tuple(where)]:.4g} does not fit in fp16 (65504)")
+    return scales
+
+
+def means(x: NDArray[Any], name: str, center: str, side: str = "key") -> tuple[NDArray[np.int8], F16]:
+    """The means of centring, of rows x [..., tokens, d]: levels int8 [..., n, d], scales float16 [..., n].
+
+    center "tile": n is the number of tiles. "mean": one for each group of 4 tiles (of a page), all of them equal to
+    the mean of the row's first tile that has a vector other than zeros. "none": n = 0. ValueError as `quantize`.
+    """
+    if center not in CENTERS:
+        raise ValueError(f"center {center!r} is not one of {', '.join(CENTERS)}")
+    *lead, tokens, d = x.shape
+    tiles = -(-tokens // 64)
+    if center == "none" or tiles == 0:
+        return np.zeros((*lead, 0, d), np.int8), np.zeros((*lead, 0), np.float16)
+    if not _lookup(name).rotated:
+        raise ValueError(f"{name} is not rotated, and cannot be centred; center={center!r} fits rotated codecs only")
+    check_finite(x, side)
+    levels, wide = mean_of(_tiles(x).astype(np.float32))
+    scales = _fp16(wide, lambda where: f"{side}: the scale of a mean of {name},").reshape(*lead, tiles)
+    levels = levels.reshape(*lead, tiles, d)
+    if center == "tile":
+        return levels, scales
+    first = np.argmax(scales != 0, axis=-1)[..., None]
+    groups = np.arange(0, tiles, 4) + 3  # a group has it unless the first such tile comes after it
+    known = (first <= groups)[..., None]
+    levels = np.where(known, np.take_along_axis(levels, first[..., None], axis=-2), 0).astype(np.int8)
+    return levels, np.where(known[..., 0], np.take_along_axis(scales, first, axis=-1), np.float16(0))
+
+
+def _of_tiles(mean: tuple[NDArray[np.int8], F16], tiles: int, center: str) -> Mean:
+    """The mean of each tile: levels [n, d], scales [n]."""
+    levels, scales = mean
+    if center == "mean":
+        index = np.arange(tiles) // 4
+        levels, scales = levels[..., index, :], scales[..., index]
+    return levels.reshape(-1, levels.shape[-1]), scales.reshape(-1)
+
+
 def quantize(
-    x: NDArray[Any], name: str, scale: str | None = None, side: str = "key"
-) -> tuple[Codes, NDArray[np.float16]]:
+    x: NDArray[Any],
+    name: str,
+    scale: str | None = None,
+    side: str = "key",
+    center: str = "none",
+    search: bool = False,
+) -> tuple[Codes, F16]:
     """Codes and scales of head vectors.
 
     x: float32 or float16 (widened exactly) [..., tokens, d], d one of HEAD_SIZES. name: of a codec in CODECS.
-    scale: a scale rule, for rotated codecs only; None is their default, "norm". side: for messages only.
+    scale: a scale rule, for codecs that have them only; None is their default, "norm". center: see `means`.
+    search: of the encode scale, for codecs with scale rules.
     Returns codes uint8 [..., tokens, d] and scales float16 [..., tokens, scales of a vector]; fp16 is rounded
-    to nearest even with denormals, so tiny vectors get scale 0 and decode to zeros.
+    to nearest even with denormals, so tiny vectors get scale 0 and decode to zeros. Where a tile is quantized as a
+    whole (trellis codes of values, centring), a last tile is filled up with zeros, and `codes` has it whole.
     ValueError for NaN, infinities and scales beyond fp16 (naming the token), other dtypes, sizes and options.
     """
     codec, rule = _lookup(name), scale_rule(name, scale)
     if x.dtype not in (np.float32, np.float16):
         raise ValueError(f"x is {x.dtype}; {name} encodes float32 and float16")
+    if search and not codec.scale_rules:
+        raise ValueError(f"{name} has no scale rules, and so no search of its scale")
     check_head_size(x.shape[-1])
     check_finite(x, side)
+    *lead, tokens, d = x.shape
+    tiles = -(-tokens // 64)
+    if x.size == 0:
+        blocks = codec.scales_of(d)
+        return np.zeros((*lead, tokens, d), np.uint8), np.zeros((*lead, tokens, blocks), np.float16)
+    found = means(x, name, center, side)
+    mean = None if center == "none" else _of_tiles(found, tiles, center)
+    codes, wide = codec.quantize(_tiles(x).astype(np.float32), side, rule, search, mean)
+    wide = wide.reshape(*lead, tiles * 64, -1)
+    scales = _fp16(wide, lambda where: f"{side} {_token(where[:-1])}: the scale of {name},")
+    codes = codes.reshape(*lead, tiles * 64, d)
+    whole = codec.stream or center != "none"
+    return (codes, scales) if whole else (codes[..., :tokens, :], scales[..., :tokens, :])
 
-    codes, wide = codec.quantize(x.astype(np.float32).reshape(-1, x.shape[-1]), rule)
-    with np.errstate(over="ignore", under="ignore"):
-        scales = wide.astype(np.float16).reshape(*x.shape[:-1], codec.scales_of(x.shape[-1]))
-    if not np.isfinite(scales).all():
-        where = np.argwhere(~np.isfinite(scales))[0]
-        value = wide.reshape(scales.shape)[tuple(where)]
-        raise ValueError(f"{side} {_token(where[:-1])}: the scale {value:.4g} of {name} does not fit in fp16 (65504)")
-    return codes.reshape(x.shape), scales
 
+def dequantize(
+    codes: Codes, scales: F16, name: str, side: str = "key", mean: tuple[NDArray[np.int8], F16] | None = None
+) -> F64:
+    """The float64 vectors that codes [..., tokens, d] and scales [..., tokens, scales of a vector] stand for.
 
-def dequantize(codes: Codes, scales: NDArray[np.float16], name: str) -> F64:
-    """The float64 vectors that codes [..., d] and scales [..., scales of a vector] stand for: [..., d]."""
-    flat_codes = codes.reshape(-1, codes.shape[-1])
-    flat_scales = scales.astype(np.float64).reshape(-1, scales.shape[-1])
-    return _lookup(name).dequantize(flat_codes, flat_scales).reshape(codes.shape)
+    side: matters to trellis codes. mean: as `means` gives it, for as many tiles or groups of 4 of them.
+    """
+    codec = _lookup(name)
+    *lead, tokens, d = codes.shape
+    levels = codec.levels(_tiles(codes), side).astype(np.float64)
+    tiles = -(-tokens // 64)
+    wide = _tiles(scales).astype(np.float64)
+    if codec.scale_block:
+        wide = np.repeat(wide, codec.scale_block, axis=-1)[..., :d]
+    x: F64 = levels * wide
+    if mean is not None and mean[0].shape[-2]:
+        center = "tile" if mean[0].shape[-2] == tiles else "mean"
+        of_tile = _of_tiles(mean, tiles, center)
+        x = x + (of_tile[0].astype(np.float64) * of_tile[1].astype(np.float64)[:, None])[:, None, :]
+    if codec.rotated:
+        x = rotate(x, inverse=True)
+    return x.reshape(*lead, tiles * 64, d)[..., :tokens, :]

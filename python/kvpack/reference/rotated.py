@@ -1,7 +1,7 @@
-"""The rotated codecs tq2, tq3 and tq4: rotation, Lloyd-Max levels, one scale for the vector.
+"""What the rotated codecs share: vectors of a tile in the rotated domain, the mean of a tile, and the scale rules.
 
-    x -> x' = x 2^-e -> y = sqrt(d) R x' -> z = y / norm(x'), close to N(0, 1) -> codes, levels q
-                                                             scale rule (x', y, q) -> scale 2^e
+    x -> x' = x 2^-e -> y = sqrt(d) R x' (- mean) -> z = y / r, close to N(0, 1) -> integer levels q of the codec
+                                                          scale rule (y, q) -> scale 2^e
 
 Float32, and the order of operations is the specification (see `quantize`). Source: TurboQuant (arXiv
 2504.19874), algorithm 1; the scale rules are those of DRIVE and EDEN (arXiv 2105.08339, 2108.08842).
@@ -13,27 +13,109 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .codebooks import Codebook
-from .hadamard import hadamard_transform
 from .normalise import lanes16_sum, normalise
-from .rotation import rotate, signs
+from .rotation import fwht, signs
 
-__all__ = ["SCALE_RULES", "assign", "lloyd_max_dequantize", "lloyd_max_quantize"]
+__all__ = ["GAINS", "SCALE_RULES", "Match", "Mean", "Rotated", "match", "mean_of", "squared_error", "to_rotated"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Codes = NDArray[np.uint8]
+Mean = tuple[NDArray[np.int8], NDArray[np.float16]]
+"""Means of tiles in the rotated domain: levels int8 [n, d] and their scales float16 [n]."""
+
+GAINS = tuple(np.float32(g) for g in (0.88, 0.92, 0.96, 1.04, 1.08, 1.12))
+"""What the search of the encode scale multiplies z by, besides 1."""
+
+
+class Rotated(NamedTuple):
+    """Vectors [n, 64, d] in the rotated domain; all fields but y have a last axis of length 1."""
+
+    y: F32  # sqrt(d) R x', less the mean
+    n2: F32  # <y, y> / d; 1 where not live
+    r: F32  # sqrt(n2)
+    e: NDArray[np.int32]
+    live: NDArray[np.bool_]  # not all zeros
+
+    def z(self, gain: np.float32) -> F32:
+        """Coordinates for the quantizer, close to N(0, 1); zeros where not live."""
+        inv = np.where(self.live, np.float32(1) / self.r, np.float32(0))
+        return (self.y * inv) * gain
+
+    def stored(self, scale: F32) -> F32:
+        """scale * 2^e, 0 where not live: what is stored of the scale of x'."""
+        with np.errstate(over="ignore", under="ignore"):  # infinite: refused by quantize(); zero: fine
+            return np.where(self.live, np.ldexp(scale, self.e), np.float32(0))
+
+
+def to_rotated(x: F32, mean: Mean | None) -> Rotated:
+    """x float32 [n, 64, d] to the rotated domain, less the mean of each tile if there are means."""
+    d = x.shape[-1]
+    if mean is None:
+        scaled, e, live = normalise(x)
+        n2 = np.where(live, lanes16_sum(scaled * scaled)[..., None], np.float32(1))
+        return Rotated(fwht(signs(d) * scaled), n2, np.sqrt(n2), e, live)
+    step = mean[1].astype(np.float32)[:, None, None]
+    # One power of two for the whole tile, so that its vectors and the mean are on one scale.
+    peak = np.maximum(np.max(np.abs(x), axis=(1, 2), keepdims=True), step)
+    e = np.frexp(np.where(peak == 0, np.float32(1), peak))[1] - np.int32(1)
+    scaled = np.ldexp(x, -e)
+    unit = np.ldexp(step, -e) * np.float32(np.sqrt(d))
+    y = fwht(signs(d) * scaled) - unit * mean[0].astype(np.float32)[:, None, :]
+    n2 = lanes16_sum(y * y)[..., None] * np.float32(1 / d)
+    live = n2 > 0
+    n2 = np.where(live, n2, np.float32(1))
+    return Rotated(y, n2, np.sqrt(n2), np.broadcast_to(e, n2.shape), live)
+
+
+def mean_of(x: F32) -> tuple[NDArray[np.int8], F32]:
+    """Means of tiles float32 [n, 64, d], of the vectors that are not all zeros (padding is), in the rotated domain.
+
+    Returns levels int8 [n, d] and scales float32 [n], which may exceed fp16.
+    """
+    d = x.shape[-1]
+    tokens = np.count_nonzero(np.any(x != 0, axis=-1), axis=1)
+    peak = np.max(np.abs(x), axis=(1, 2))
+    live = tokens > 0
+    e = np.frexp(np.where(live, peak, np.float32(1)))[1] - np.int32(1)
+    scaled = np.ldexp(x, -e[:, None, None])
+    total = np.zeros((len(x), d), np.float32)
+    for t in range(x.shape[1]):
+        total = total + scaled[:, t]
+    share = np.float32(1) / np.maximum(tokens, 1).astype(np.float32)
+    y = fwht(signs(d) * (total * share[:, None]))
+    top = np.max(np.abs(y), axis=-1)
+    live = live & (top >= np.float32(2.0**-100))
+    step = np.where(live, top, np.float32(127)) / np.float32(127)
+    inv = np.float32(1) / step
+    levels = np.where(live[:, None], np.rint(y * inv[:, None]), np.float32(0)).astype(np.int8)
+    with np.errstate(over="ignore", under="ignore"):
+        scale = np.ldexp(step * np.float32(1 / np.sqrt(d)), e)
+    return levels, np.where(live, scale, np.float32(0))
 
 
 class Match(NamedTuple):
-    """What a scale rule may use: of a normalised vector x' and its code word q (integer levels)."""
+    """What a scale rule may use of a vector: its code word q are integer levels, times `unit` near N(0, 1)."""
 
-    n2: F32  # <x', x'>
-    r: F32  # sqrt(n2)
-    xc: F32  # <sqrt(d) R x', q>
+    n2: F32
+    r: F32
+    xc: F32  # <R x', q>
     cc: F32  # <q, q>: an integer below 2^24, so exact
-    unit: float  # of the codebook
+    unit: float
     d: int
+
+
+def match(x: Rotated, q: NDArray[np.int8], unit: float) -> Match:
+    """The match of vectors with their levels int8 [n, 64, d]."""
+    d = q.shape[-1]
+    cc = np.maximum(np.sum(q.astype(np.int32) ** 2, axis=-1, keepdims=True), 1).astype(np.float32)
+    xc = lanes16_sum(x.y * q.astype(np.float32))[..., None] * np.float32(1 / np.sqrt(d))
+    return Match(x.n2, x.r, xc, cc, unit, d)
+
+
+def squared_error(scale: F32, m: Match) -> F32:
+    """|x' - scale q|^2 - |x'|^2."""
+    return (scale * m.cc - np.float32(2) * m.xc) * scale
 
 
 def _stored(m: Match) -> F32:
@@ -48,13 +130,17 @@ def _norm(m: Match) -> F32:
 
 
 def _mse(m: Match) -> F32:
-    """<x, c> / <c, c>: the least squared error."""
-    return (m.xc * np.float32(1 / np.sqrt(m.d))) / m.cc
+    """<x, c> / <c, c>: the least squared error. A code word that points away from x gets 0."""
+    return np.maximum(m.xc, np.float32(0)) / m.cc
 
 
 def _unbiased(m: Match) -> F32:
-    """<x, x> / <x, c>: <x, decoded x> = <x, x>, no shrink of inner products (EDEN, arXiv 2108.08842)."""
-    return m.n2 / (m.xc * np.float32(1 / np.sqrt(m.d)))
+    """<x, x> / <x, c>: <x, decoded x> = <x, x>, no shrink of inner products (EDEN, arXiv 2108.08842).
+
+    There is no such scale for a code word that points away from x; it gets that of `norm`.
+    """
+    ahead = m.xc > 0
+    return np.where(ahead, m.n2 / np.where(ahead, m.xc, np.float32(1)), _norm(m))
 
 
 SCALE_RULES: dict[str, Callable[[Match], F32]] = {
@@ -63,47 +149,4 @@ SCALE_RULES: dict[str, Callable[[Match], F32]] = {
     "mse": _mse,
     "unbiased": _unbiased,
 }
-"""Scale rules of the rotated codecs; the position in the table is the rule's number in a codec code."""
-
-
-def assign(z: F32, book: Codebook) -> Codes:
-    """The code of each z (in standard deviations): uint8, same shape.
-
-    |z| on a threshold takes the smaller level. The sign bit decides the half, for zeros too.
-    """
-    half = len(book.positive)
-    size = np.abs(z)
-    magnitude = np.zeros(z.shape, np.uint8)
-    for threshold in book.thresholds:
-        magnitude += size > threshold  # the number of thresholds below |z|
-    return np.where(np.signbit(z), np.uint8(half - 1) - magnitude, np.uint8(half) + magnitude)
-
-
-def lloyd_max_quantize(x: F32, rule: str, *, book: Codebook) -> tuple[Codes, F32]:
-    """Rotation, Lloyd-Max levels, one scale: x float32 [n, d] -> codes [n, d], scales float32 [n, 1].
-
-    The scale multiplies the integer level, in the domain of the orthonormal rotation.
-    """
-    d = x.shape[-1]
-    scaled, e, live = normalise(x)
-    n2 = lanes16_sum(scaled * scaled)[:, None]
-    n2 = np.where(live, n2, np.float32(1))  # no division by zero; vectors of zeros are set at the end
-    r: F32 = np.sqrt(n2)
-    y = hadamard_transform(signs(d) * scaled)  # sqrt(d) R x'
-
-    inv = np.float32(1) / r
-    codes = assign(y * inv, book)
-
-    q = book.levels[codes]
-    cc = np.sum(q.astype(np.int32) ** 2, axis=-1, keepdims=True).astype(np.float32)
-    xc = lanes16_sum(y * q.astype(np.float32))[:, None]
-    with np.errstate(divide="ignore"):  # <x, c> is 0 for vectors of zeros only
-        scale = SCALE_RULES[rule](Match(n2, r, xc, cc, book.unit, d))
-    with np.errstate(over="ignore", under="ignore"):  # infinite: refused by quantize(); zero: fine
-        scale = np.ldexp(scale, e)
-    return np.where(live, codes, np.uint8(len(book.positive))), np.where(live, scale, np.float32(0))
-
-
-def lloyd_max_dequantize(codes: Codes, scales: F64, *, book: Codebook) -> F64:
-    """R^T (scale * level): codes [n, d], scales [n, 1] -> float64 [n, d]."""
-    return rotate(scales * book.levels[codes].astype(np.float64), inverse=True)
+"""Scale rules; the position in the table is the rule's number in a codec code."""
