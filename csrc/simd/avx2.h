@@ -123,6 +123,33 @@ struct Avx2 {
   }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
+  struct W16 {
+    using V = __m256i;
+    static constexpr int kLanes = 16;
+    static V load(const void* p) { return _mm256_load_si256(static_cast<const V*>(p)); }
+    static void store(void* p, V v) { _mm256_store_si256(static_cast<V*>(p), v); }
+    static V splat(int n) { return _mm256_set1_epi16(static_cast<short>(n)); }
+    static V splat_pair(int32_t pair) { return _mm256_set1_epi32(pair); }
+    static V add_saturated(V a, V b) { return _mm256_adds_epi16(a, b); }
+    static V sub_saturated(V a, V b) { return _mm256_subs_epi16(a, b); }
+    static V add_unsigned(V a, V b) { return _mm256_adds_epu16(a, b); }
+    static V sub(V a, V b) { return _mm256_sub_epi16(a, b); }
+    static V min(V a, V b) { return _mm256_min_epu16(a, b); }
+    static V square(V a) { return _mm256_mulhrs_epi16(a, a); }
+    template <int Bits>
+    static V clear_low(V v) {
+      return _mm256_and_si256(v, splat(-1 << Bits));
+    }
+    template <int Bits>
+    static V set_low(V v, int n) {
+      return _mm256_or_si256(clear_low<Bits>(v), splat(n));
+    }
+    template <int Shift, int Bits>
+    static V push(V word, V v) {
+      return _mm256_or_si256(_mm256_slli_epi16(word, Shift), _mm256_and_si256(v, splat((1 << Bits) - 1)));
+    }
+  };
+
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {
     if constexpr (T == kvpack::Dtype::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));

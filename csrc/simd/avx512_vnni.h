@@ -113,6 +113,33 @@ struct Avx512Vnni {
   }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
+  struct W16 {
+    using V = __m512i;
+    static constexpr int kLanes = 32;
+    static V load(const void* p) { return _mm512_load_si512(p); }
+    static void store(void* p, V v) { _mm512_store_si512(p, v); }
+    static V splat(int n) { return _mm512_set1_epi16(static_cast<short>(n)); }
+    static V splat_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
+    static V add_saturated(V a, V b) { return _mm512_adds_epi16(a, b); }
+    static V sub_saturated(V a, V b) { return _mm512_subs_epi16(a, b); }
+    static V add_unsigned(V a, V b) { return _mm512_adds_epu16(a, b); }
+    static V sub(V a, V b) { return _mm512_sub_epi16(a, b); }
+    static V min(V a, V b) { return _mm512_min_epu16(a, b); }
+    static V square(V a) { return _mm512_mulhrs_epi16(a, a); }
+    template <int Bits>
+    static V clear_low(V v) {
+      return _mm512_and_si512(v, splat(-1 << Bits));
+    }
+    template <int Bits>
+    static V set_low(V v, int n) {
+      return _mm512_ternarylogic_epi32(v, splat(-1 << Bits), splat(n), 0xEA);
+    }
+    template <int Shift, int Bits>
+    static V push(V word, V v) {
+      return _mm512_ternarylogic_epi32(v, splat((1 << Bits) - 1), _mm512_slli_epi16(word, Shift), 0xEA);
+    }
+  };
+
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {
     if constexpr (T == kvpack::Dtype::f32) return _mm512_loadu_ps(p);

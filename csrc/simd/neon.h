@@ -112,6 +112,39 @@ struct Neon {
   }
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
+  struct W16 {
+    using V = uint16x8_t;
+    static constexpr int kLanes = 8;
+    static int16x8_t s(V v) { return vreinterpretq_s16_u16(v); }
+    static V u(int16x8_t v) { return vreinterpretq_u16_s16(v); }
+    static V load(const void* p) { return vld1q_u16(static_cast<const uint16_t*>(p)); }
+    static void store(void* p, V v) { vst1q_u16(static_cast<uint16_t*>(p), v); }
+    static V splat(int n) { return vdupq_n_u16(static_cast<uint16_t>(n)); }
+    static V splat_pair(int32_t pair) { return vreinterpretq_u16_s32(vdupq_n_s32(pair)); }
+    static V add_saturated(V a, V b) { return u(vqaddq_s16(s(a), s(b))); }
+    static V sub_saturated(V a, V b) { return u(vqsubq_s16(s(a), s(b))); }
+    static V add_unsigned(V a, V b) { return vqaddq_u16(a, b); }
+    static V sub(V a, V b) { return vsubq_u16(a, b); }
+    static V min(V a, V b) { return vminq_u16(a, b); }
+    // vqrdmulh gives 32767 for the square of -32768 only; it is 32768.
+    static V square(V a) {
+      const V v = u(vqrdmulhq_s16(s(a), s(a)));
+      return vsubq_u16(v, vceqq_u16(v, splat(32767)));
+    }
+    template <int Bits>
+    static V clear_low(V v) {
+      return vandq_u16(v, splat(-1 << Bits));
+    }
+    template <int Bits>
+    static V set_low(V v, int n) {
+      return vorrq_u16(clear_low<Bits>(v), splat(n));
+    }
+    template <int Shift, int Bits>
+    static V push(V word, V v) {
+      return vorrq_u16(vshlq_n_u16(word, Shift), vandq_u16(v, splat((1 << Bits) - 1)));
+    }
+  };
+
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {
     if constexpr (T == kvpack::Dtype::f32) return vld1q_f32(reinterpret_cast<const float*>(p));

@@ -128,6 +128,54 @@ struct Scalar {
   }
   static void prefetch(const uint8_t*) {}
 
+  // Eight lanes in a vector of the compiler's, which becomes whatever the baseline of the machine has.
+  struct W16 {
+    typedef uint16_t V __attribute__((vector_size(16)));
+    typedef int16_t Signed __attribute__((vector_size(16)));
+    typedef int32_t Wide __attribute__((vector_size(32)));
+    static constexpr int kLanes = 8;
+    static Signed as_signed(V v) { return (Signed)v; }
+    static V mask(Signed v) { return (V)v; }  // of a comparison
+    static V load(const void* p) {
+      V v;
+      std::memcpy(&v, p, sizeof v);
+      return v;
+    }
+    static void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+    static V splat(int n) { return V{} + static_cast<uint16_t>(n); }
+    static V splat_pair(int32_t pair) { return splat(pair); }
+    // Where the sign of the result is wrong: the end of the range on the side of a.
+    static V saturate(V result, V wrong, V a) {
+      const V end = (a >> 15) + static_cast<uint16_t>(0x7fff);
+      const V over = mask(as_signed(wrong) < 0);
+      return (result & ~over) | (end & over);
+    }
+    static V add_saturated(V a, V b) { return saturate(a + b, (a ^ (a + b)) & (b ^ (a + b)), a); }
+    static V sub_saturated(V a, V b) { return saturate(a - b, (a ^ b) & (a ^ (a - b)), a); }
+    static V add_unsigned(V a, V b) { return (a + b) | mask(a + b < a); }
+    static V sub(V a, V b) { return a - b; }
+    static V min(V a, V b) {
+      const V less = mask(a < b);
+      return (a & less) | (b & ~less);
+    }
+    static V square(V a) {
+      const Wide wide = __builtin_convertvector(as_signed(a), Wide);
+      return __builtin_convertvector((wide * wide + 0x4000) >> 15, V);
+    }
+    template <int Bits>
+    static V clear_low(V v) {
+      return v & static_cast<uint16_t>(-1 << Bits);
+    }
+    template <int Bits>
+    static V set_low(V v, int n) {
+      return clear_low<Bits>(v) | static_cast<uint16_t>(n);
+    }
+    template <int Shift, int Bits>
+    static V push(V word, V v) {
+      return word << Shift | (v & static_cast<uint16_t>((1 << Bits) - 1));
+    }
+  };
+
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {
     if constexpr (T == kvpack::Dtype::f32) {
