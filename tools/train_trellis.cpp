@@ -227,13 +227,16 @@ void write(const char* path, const std::string& text) {
 }  // namespace
 
 int main() {
-  const std::vector<Trained> all = {train<Tcq1Code>("tcq1"), train<Tcq2Code>("tcq2"),     train<Tcq25Code>("tcq2.5"),
+  const std::vector<Trained> all = {train<Tcq1Code>("tcq1"), train<Tcq2Code>("tcq2"),    train<Tcq25Code>("tcq2.5"),
                                     train<Tcq3Code>("tcq3"), train<Tcq35Code>("tcq3.5"), train<Tcq4Code>("tcq4")};
   std::string cpp =
-      "// Levels of the trellis codecs, written by tools/train_trellis.cpp (the command is at its head). They are part\n"
-      "// of the format. Squared error per value of Gaussian sequences of unit variance, best scale per sequence:\n//\n";
+      "// Levels of the trellis codecs, written by tools/train_trellis.cpp (the command is at its head). They are "
+      "part\n"
+      "// of the format. Squared error per value of Gaussian sequences of unit variance, best scale per "
+      "sequence:\n//\n";
   std::string python =
-      "\"\"\"Levels of the trellis codecs, written by tools/train_trellis.cpp; csrc/codecs/trellis_tables.h has the same.\n"
+      "\"\"\"Levels of the trellis codecs, written by tools/train_trellis.cpp; csrc/codecs/trellis_tables.h has the "
+      "same.\n"
       "\n    bits per value: (unit, tables of 128 levels: of all steps, or of even and of odd ones)\n\"\"\"\n\n"
       "# fmt: off\nTRELLIS_TABLES: dict[float, tuple[int, tuple[tuple[int, ...], ...]]] = {\n";
   std::string tables;
@@ -248,7 +251,9 @@ int main() {
     tables += "}};\n";
     python += "    )),\n";
   }
-  write("csrc/codecs/trellis_tables.h", cpp + "#pragma once\n#include \"codecs/trellis.h\"\n\n// clang-format off\n"
-                                              "namespace kvpack {\n\n" + tables + "\n}  // namespace kvpack\n");
+  write("csrc/codecs/trellis_tables.h", cpp +
+                                            "#pragma once\n#include \"codecs/trellis.h\"\n\n// clang-format off\n"
+                                            "namespace kvpack {\n\n" +
+                                            tables + "\n}  // namespace kvpack\n");
   write("python/kvpack/reference/trellis_tables.py", python + "}\n# fmt: on\n");
 }

@@ -17,6 +17,16 @@
 //   add_where_greater     acc + (a > b ? inc : 0)
 //   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
 //   load_element<dtype>   kLanes elements as floats
+//   store_int16           floats below 2^31, rounded half to even, cut off at the range of int16
+//
+// and in W16, for the search of the trellis codecs, kLanes 16-bit integers in a vector V:
+//
+//   load, store           on multiples of 2 kLanes bytes
+//   splat, splat_pair     one integer in every lane; splat_pair takes it twice, in the halves of a dword
+//   add_saturated, sub_saturated  signed; add_unsigned saturates unsigned, sub wraps, min is unsigned
+//   square                (v * v + 2^14) >> 15, of a signed v; the square of -32768 is 32768
+//   clear_low<Bits>, set_low<Bits>  low bits to 0 or to n
+//   push<Shift, Bits>     word << Shift | low bits of v
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -127,6 +137,10 @@ struct Scalar {
     out[3] = d;
   }
   static void prefetch(const uint8_t*) {}
+
+  static void store_int16(int16_t* p, F v) {
+    *p = static_cast<int16_t>(std::nearbyint(v < -32768.0F ? -32768.0F : v > 32767.0F ? 32767.0F : v));
+  }
 
   // Eight lanes in a vector of the compiler's, which becomes whatever the baseline of the machine has.
   struct W16 {

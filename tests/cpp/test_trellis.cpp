@@ -91,8 +91,7 @@ TEST(a_sequence_does_not_depend_on_its_lane) {
     const check::Context context(kNames[codec]);
     const auto codes = search(codec, x, kSteps, 80);
     std::vector<int16_t> part;  // lanes 33 .. 48
-    for (int32_t i = 0; i < kSteps; ++i)
-      part.insert(part.end(), x.begin() + i * 80 + 33, x.begin() + i * 80 + 49);
+    for (int32_t i = 0; i < kSteps; ++i) part.insert(part.end(), x.begin() + i * 80 + 33, x.begin() + i * 80 + 49);
     const auto again = search(codec, part, kSteps, 16);
     int64_t wrong = 0;
     for (int32_t i = 0; i < kSteps; ++i)
@@ -108,8 +107,7 @@ TEST(codes_have_the_bits_of_their_step) {
   for (int32_t codec = 0; codec < kTrellisCodes; ++codec) {
     const auto codes = search(codec, x, 128, 64);
     int64_t wrong = 0;
-    for (size_t i = 0; i < codes.size(); ++i)
-      wrong += codes[i] >> (i / 64 % 2 == 0 ? kEven[codec] : kOdd[codec]) != 0;
+    for (size_t i = 0; i < codes.size(); ++i) wrong += codes[i] >> (i / 64 % 2 == 0 ? kEven[codec] : kOdd[codec]) != 0;
     const check::Context context(kNames[codec]);
     CHECK_EQ(wrong, 0);
   }

@@ -53,7 +53,8 @@ class TrellisCode:
         """int32 [512]: the level of each window, in even (phase 0) or odd steps."""
         w = np.arange(1 << WINDOW)
         level = self.tables[phase].astype(np.int32)[w >> 1 & 127]
-        return np.where((w >> 8 ^ w) & 1, -level, level)
+        signed: I32 = np.where((w >> 8 ^ w) & 1, -level, level)
+        return signed
 
 
 def _code(k: float, bits: tuple[int, int], doublings: int, seam: int) -> TrellisCode:
@@ -93,7 +94,8 @@ def levels(codes: NDArray[np.uint8], k: float) -> NDArray[np.int8]:
 
 def to_fixed(z: NDArray[np.float32]) -> NDArray[np.int16]:
     """z (in standard deviations) as integers, 1.0 being FIXED: rounded half to even, cut off at int16."""
-    return np.clip(np.rint(z * np.float32(FIXED)), -32768, 32767).astype(np.int16)
+    fixed: NDArray[np.float32] = np.clip(np.rint(z * np.float32(FIXED)), -32768, 32767)
+    return fixed.astype(np.int16)
 
 
 def search(x: NDArray[np.int16], k: float) -> NDArray[np.uint8]:
