@@ -19,8 +19,8 @@ struct TrellisStep {
   static constexpr int kSymbols = 1 << In, kEnter = 1 << Out;
   // Survivors: fields of 1, 2 or 4 bits in words of 16. A group of states has kSymbols of them.
   static constexpr int kField = Out == 3 ? 4 : Out, kPerWord = 16 / kField;
-  static constexpr int kWords = kTo / kPerWord;
   static constexpr int kTogether = kPerWord > kSymbols ? kPerWord / kSymbols : 1;
+  static_assert(kTo / kPerWord <= 16, "survivors of a step");
 
   static V cost(V d) {
     for (int i = 0; i < Doublings; ++i) d = W::add_saturated(d, d);
