@@ -7,6 +7,7 @@
 #include "kernels/mean.inl.h"
 #include "kernels/score.inl.h"
 #include "kernels/softmax.inl.h"
+#include "kernels/viterbi.inl.h"
 
 namespace {
 
@@ -52,6 +53,12 @@ constexpr kvpack::KernelTable emit(const char* name) {
   emit_dtype<S, Dtype::f32>(t);
   emit_dtype<S, Dtype::f16>(t);
   emit_dtype<S, Dtype::bf16>(t);
+  t.trellis_search[0] = trellis_search<S, Tcq1Code>;
+  t.trellis_search[1] = trellis_search<S, Tcq2Code>;
+  t.trellis_search[2] = trellis_search<S, Tcq25Code>;
+  t.trellis_search[3] = trellis_search<S, Tcq3Code>;
+  t.trellis_search[4] = trellis_search<S, Tcq35Code>;
+  t.trellis_search[5] = trellis_search<S, Tcq4Code>;
 #define KVPACK_CODEC(id, name, Traits, what, source) emit_codec<S, Traits>(t, id);
 #include "codecs/codecs.def"
 #undef KVPACK_CODEC

@@ -105,11 +105,6 @@ struct Search {
   uint8_t path[kvpack::kTile * kvpack::kMaxHeadDim], levels[kvpack::kTile * kvpack::kMaxHeadDim];
 };
 
-inline int16_t to_fixed(float z) {
-  const float x = __builtin_nearbyintf(z * kvpack::kTrellisFixed);
-  return static_cast<int16_t>(x > 32767.0F ? 32767.0F : x < -32768.0F ? -32768.0F : x);
-}
-
 // Codes of a tile at one gain, [token][dim], and the match of every token.
 template <class S, class Codec, int D>
 void search_tile(const kvpack::EncodeArgs& a, const Rotated* vectors, float gain, uint8_t* codes, Match* matches) {
@@ -123,9 +118,10 @@ void search_tile(const kvpack::EncodeArgs& a, const Rotated* vectors, float gain
   alignas(64) int16_t row[D];
   for (int t = 0; t < kTile; ++t) {
     const auto inv = S::set1(vectors[t].live ? 1.0F / vectors[t].r : 0.0F);
-    for (int i = 0; i < D; i += S::kLanes)
-      S::store(z + i, S::mul(S::mul(S::load(a.x + t * D + i), inv), S::set1(gain)));
-    for (int i = 0; i < D; ++i) row[i] = to_fixed(z[i]);
+    for (int i = 0; i < D; i += S::kLanes) {
+      const auto value = S::mul(S::mul(S::load(a.x + t * D + i), inv), S::set1(gain));
+      S::store_int16(row + i, S::mul(value, S::set1(kTrellisFixed)));
+    }
     if (key) {
       for (int n = 0; n < D; ++n) fixed[n * kTile + t] = row[trellis_depth(n, D)];
     } else {

@@ -2,6 +2,7 @@
 // the templates in kernels/*.inl.h; dispatch picks a table once per call.
 #pragma once
 #include "codecs/all.h"
+#include "codecs/trellis.h"
 #include "kvpack/format.h"
 
 namespace kvpack {
@@ -116,6 +117,8 @@ struct KernelTable {
   void (*dense_accumulate[3])(const DenseArgs&);
   int32_t (*encode[kCodecs])(const EncodeArgs&);
   void (*decode[kCodecs])(const DecodeArgs&);
+  // tcq1, tcq2, tcq2.5, tcq3, tcq3.5, tcq4: x int16 [steps][lanes] in fixed point to codes [steps][lanes].
+  void (*trellis_search[kTrellisCodes])(const int16_t* x, int32_t steps, int32_t lanes, uint8_t* codes, TrellisWork*);
 };
 
 }  // namespace kvpack

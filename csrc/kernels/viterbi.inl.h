@@ -19,8 +19,8 @@ struct TrellisStep {
   static constexpr int kSymbols = 1 << In, kEnter = 1 << Out;
   // Survivors: fields of 1, 2 or 4 bits in words of 16. A group of states has kSymbols of them.
   static constexpr int kField = Out == 3 ? 4 : Out, kPerWord = 16 / kField;
-  static constexpr int kWords = kTo / kPerWord;
   static constexpr int kTogether = kPerWord > kSymbols ? kPerWord / kSymbols : 1;
+  static_assert(kTo / kPerWord <= 16, "survivors of a step");
 
   static V cost(V d) {
     for (int i = 0; i < Doublings; ++i) d = W::add_saturated(d, d);
@@ -29,8 +29,7 @@ struct TrellisStep {
 
   // Metrics of the old states to metrics of the new ones, and their survivors. least: the smallest old metric;
   // returned is the smallest new one.
-  static V run(V x, const int32_t* values, const uint16_t* old, V least, uint16_t* metrics,
-               uint16_t* survivors) {
+  static V run(V x, const int32_t* values, const uint16_t* old, V least, uint16_t* metrics, uint16_t* survivors) {
     const V norm = W::template clear_low<Tag>(least);
     V best = W::splat(-1);
     for (int r0 = 0; r0 < kGroups; r0 += kTogether) {
@@ -50,10 +49,8 @@ struct TrellisStep {
           for (int h = 0; h < kEnter; h += 2) {
             const V value = W::splat_pair(values[c << (8 - In) | r << (Out - 1) | h / 2]);
             const V same = cost(W::sub_saturated(x, value)), opposite = cost(W::add_saturated(x, value));
-            const V low_pair =
-                W::min(W::add_unsigned(from[h], same), W::add_unsigned(from[h + 1], opposite));
-            const V high_pair =
-                W::min(W::add_unsigned(from[h], opposite), W::add_unsigned(from[h + 1], same));
+            const V low_pair = W::min(W::add_unsigned(from[h], same), W::add_unsigned(from[h + 1], opposite));
+            const V high_pair = W::min(W::add_unsigned(from[h], opposite), W::add_unsigned(from[h + 1], same));
             low = h == 0 ? low_pair : W::min(low, low_pair);
             high = h == 0 ? high_pair : W::min(high, high_pair);
           }
@@ -111,8 +108,7 @@ class TrellisSearch {
       for (int l = 0; l < W::kLanes; ++l) work.state[l] = static_cast<uint16_t>(back(seam + i, l, work));
     // The path itself, from that state and to it.
     for (int s = 0; s < kStates; ++s)
-      for (int l = 0; l < W::kLanes; ++l)
-        work.metrics[0][s * W::kLanes + l] = work.state[l] == s ? 0 : 0xffff;
+      for (int l = 0; l < W::kLanes; ++l) work.metrics[0][s * W::kLanes + l] = work.state[l] == s ? 0 : 0xffff;
     forward(values, 0, steps, steps, work);
     for (int i = steps - 1; i >= 0; --i) {
       const int bits = i % 2 == 0 ? kEven : kOdd, next = i % 2 == 0 ? kOdd : kEven;
@@ -128,10 +124,10 @@ class TrellisSearch {
   static void forward(const kvpack::TrellisValues& values, int first, int count, int steps, TrellisWork& work) {
     V least = W::splat(0);
     for (int i = 0, at = first % steps; i < count; i += 2, at = at + 2 == steps ? 0 : at + 2) {
-      least = Even::run(W::load(work.x[at]), values.value[0], work.metrics[0], least, work.metrics[1],
-                        work.survivors[i]);
-      least = Odd::run(W::load(work.x[at + 1]), values.value[1], work.metrics[1], least,
-                       work.metrics[0], work.survivors[i + 1]);
+      least =
+          Even::run(W::load(work.x[at]), values.value[0], work.metrics[0], least, work.metrics[1], work.survivors[i]);
+      least = Odd::run(W::load(work.x[at + 1]), values.value[1], work.metrics[1], least, work.metrics[0],
+                       work.survivors[i + 1]);
     }
   }
   // The first state of the smallest metric, tags apart.

@@ -156,6 +156,12 @@ struct Avx2 {
   }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
+  static void store_int16(int16_t* p, F v) {
+    const I x = _mm256_cvtps_epi32(v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+  }
+
   struct W16 {
     using V = __m256i;
     static constexpr int kLanes = 16;

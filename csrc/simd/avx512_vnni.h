@@ -151,6 +151,10 @@ struct Avx512Vnni {
   }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
+  static void store_int16(int16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+  }
+
   struct W16 {
     using V = __m512i;
     static constexpr int kLanes = 32;

@@ -140,6 +140,8 @@ struct Neon {
   }
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
+  static void store_int16(int16_t* p, F v) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(v))); }
+
   struct W16 {
     using V = uint16x8_t;
     static constexpr int kLanes = 8;

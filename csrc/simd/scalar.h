@@ -20,6 +20,16 @@
 //   add_where_greater     acc + (a > b ? inc : 0)
 //   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
 //   load_element<dtype>   kLanes elements as floats
+//   store_int16           floats below 2^31, rounded half to even, cut off at the range of int16
+//
+// and in W16, for the search of the trellis codecs, kLanes 16-bit integers in a vector V:
+//
+//   load, store           on multiples of 2 kLanes bytes
+//   splat, splat_pair     one integer in every lane; splat_pair takes it twice, in the halves of a dword
+//   add_saturated, sub_saturated  signed; add_unsigned saturates unsigned, sub wraps, min is unsigned
+//   square                (v * v + 2^14) >> 15, of a signed v; the square of -32768 is 32768
+//   clear_low<Bits>, set_low<Bits>  low bits to 0 or to n
+//   push<Shift, Bits>     word << Shift | low bits of v
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -152,58 +162,55 @@ struct Scalar {
   }
   static void prefetch(const uint8_t*) {}
 
+  static void store_int16(int16_t* p, F v) {
+    *p = static_cast<int16_t>(std::nearbyint(v < -32768.0F ? -32768.0F : v > 32767.0F ? 32767.0F : v));
+  }
+
+  // Eight lanes in a vector of the compiler's, which becomes whatever the baseline of the machine has.
   struct W16 {
+    typedef uint16_t V __attribute__((vector_size(16)));
+    typedef int16_t Signed __attribute__((vector_size(16)));
+    typedef int32_t Wide __attribute__((vector_size(32)));
     static constexpr int kLanes = 8;
-    struct V {
-      uint16_t lane[kLanes];
-    };
-    template <class Body>
-    static V each(Body&& body) {
-      V v;
-      for (int i = 0; i < kLanes; ++i) v.lane[i] = static_cast<uint16_t>(body(i));
-      return v;
-    }
-    static int32_t clamp(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
-    static int32_t s(uint16_t v) { return static_cast<int16_t>(v); }
+    static Signed as_signed(V v) { return (Signed)v; }
+    static V mask(Signed v) { return (V)v; }  // of a comparison
     static V load(const void* p) {
       V v;
       std::memcpy(&v, p, sizeof v);
       return v;
     }
     static void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
-    static V splat(int n) {
-      return each([=](int) { return n; });
+    static V splat(int n) { return V{} + static_cast<uint16_t>(n); }
+    static V splat_pair(int32_t pair) { return splat(pair); }
+    // Where the sign of the result is wrong: the end of the range on the side of a.
+    static V saturate(V result, V wrong, V a) {
+      const V end = (a >> 15) + static_cast<uint16_t>(0x7fff);
+      const V over = mask(as_signed(wrong) < 0);
+      return (result & ~over) | (end & over);
     }
-    static V splat_pair(int32_t pair) { return splat(pair & 0xffff); }
-    static V add_saturated(V a, V b) {
-      return each([&](int i) { return clamp(s(a.lane[i]) + s(b.lane[i]), -32768, 32767); });
-    }
-    static V sub_saturated(V a, V b) {
-      return each([&](int i) { return clamp(s(a.lane[i]) - s(b.lane[i]), -32768, 32767); });
-    }
-    static V add_unsigned(V a, V b) {
-      return each([&](int i) { return clamp(a.lane[i] + b.lane[i], 0, 65535); });
-    }
-    static V sub(V a, V b) {
-      return each([&](int i) { return a.lane[i] - b.lane[i]; });
-    }
+    static V add_saturated(V a, V b) { return saturate(a + b, (a ^ (a + b)) & (b ^ (a + b)), a); }
+    static V sub_saturated(V a, V b) { return saturate(a - b, (a ^ b) & (a ^ (a - b)), a); }
+    static V add_unsigned(V a, V b) { return (a + b) | mask(a + b < a); }
+    static V sub(V a, V b) { return a - b; }
     static V min(V a, V b) {
-      return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+      const V less = mask(a < b);
+      return (a & less) | (b & ~less);
     }
     static V square(V a) {
-      return each([&](int i) { return (s(a.lane[i]) * s(a.lane[i]) + 0x4000) >> 15; });
+      const Wide wide = __builtin_convertvector(as_signed(a), Wide);
+      return __builtin_convertvector((wide * wide + 0x4000) >> 15, V);
     }
     template <int Bits>
     static V clear_low(V v) {
-      return each([&](int i) { return v.lane[i] & ~((1 << Bits) - 1); });
+      return v & static_cast<uint16_t>(-1 << Bits);
     }
     template <int Bits>
     static V set_low(V v, int n) {
-      return each([&](int i) { return (v.lane[i] & ~((1 << Bits) - 1)) | n; });
+      return clear_low<Bits>(v) | static_cast<uint16_t>(n);
     }
     template <int Shift, int Bits>
     static V push(V word, V v) {
-      return each([&](int i) { return (word.lane[i] << Shift) | (v.lane[i] & ((1 << Bits) - 1)); });
+      return word << Shift | (v & static_cast<uint16_t>((1 << Bits) - 1));
     }
   };
 
