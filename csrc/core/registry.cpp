@@ -1,4 +1,5 @@
 // The registry: codecs.def as data, and the checks that every entry point shares.
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -18,11 +19,9 @@ constexpr std::array<CodecInfo, kCodecs> kInfo{{
 }};
 
 void check_head_dim(int64_t d) {
+  if (std::find(std::begin(kHeadDims), std::end(kHeadDims), d) != std::end(kHeadDims)) return;
   std::string allowed;
-  for (const int32_t known : kHeadDims) {
-    if (d == known) return;
-    allowed += (allowed.empty() ? "" : ", ") + std::to_string(known);
-  }
+  for (const int32_t known : kHeadDims) allowed += (allowed.empty() ? "" : ", ") + std::to_string(known);
   throw std::invalid_argument("head_dim " + std::to_string(d) + " is not supported; allowed: " + allowed +
                               " (2^a times 1, 12, 20 or 28)");
 }

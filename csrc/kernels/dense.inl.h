@@ -31,14 +31,13 @@ void dense_score_group(const kvpack::DenseArgs& a) {
     for (int t = a.tokens; t < kTile; ++t) a.probs[g * kTile + t] = -__builtin_inff();
 }
 
-// Dims from `first` on, as long as all vectors in flight are full; fewer vectors take the rest.
-template <class S, kvpack::Dtype T, int G, int kInFlight = vectors_in_flight<S>(G)>
-void dense_accumulate_group(const kvpack::DenseArgs& a, int first = 0) {
+// Whole groups of kInFlight vectors from dim `first` on.
+template <class S, kvpack::Dtype T, int G, int kInFlight>
+[[gnu::noinline]] void dense_accumulate_dims(const kvpack::DenseArgs& a, int first) {
   using namespace kvpack;
   using F = typename S::F;
   constexpr int kBytes = dtype_bytes(T), kDims = kInFlight * S::kLanes;
-  int i = first;
-  for (; i + kDims <= a.head_dim; i += kDims) {
+  for (int i = first; i + kDims <= a.head_dim; i += kDims) {
     F acc[G][kInFlight];
     for (int g = 0; g < G; ++g)
       for (int v = 0; v < kInFlight; ++v)
@@ -62,8 +61,17 @@ void dense_accumulate_group(const kvpack::DenseArgs& a, int first = 0) {
       for (int v = 0; v < kInFlight; ++v)
         S::store(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes, acc[g][v]);
   }
-  if constexpr (kDims > 16)  // head sizes are multiples of 16
-    if (i < a.head_dim) dense_accumulate_group<S, T, G, kInFlight / 2>(a, i);
+}
+
+// Head sizes are multiples of 16: where that leaves vectors that do not fill a group, smaller groups take them.
+template <class S, kvpack::Dtype T, int G>
+void dense_accumulate_group(const kvpack::DenseArgs& a) {
+  constexpr int kInFlight = vectors_in_flight<S>(G), kDims = kInFlight * S::kLanes;
+  dense_accumulate_dims<S, T, G, kInFlight>(a, 0);
+  if constexpr (kDims > 16) {
+    constexpr int kFewer = 16 / S::kLanes;
+    if (a.head_dim % kDims != 0) dense_accumulate_dims<S, T, G, kFewer>(a, a.head_dim / kDims * kDims);
+  }
 }
 
 template <class S, kvpack::Dtype T>

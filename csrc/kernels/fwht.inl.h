@@ -85,7 +85,7 @@ void rotate(float* x, int64_t rows, int32_t head_dim, const float* signs, bool i
         v[i] = S::load(x + i * S::kLanes);
         if (!inverse) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));
       }
-      if (inverse)
+      if (kvpack::hadamard_order(D) != 1 && inverse)  // the others are symmetric
         hadamard<S, D, true>(v);
       else
         hadamard<S, D>(v);

@@ -56,7 +56,7 @@ TEST(the_counter_counts) {
 TEST(tiles_allocate_nothing) {
   (void)isa_active();  // detects the levels, once in the life of a process
   for (const int64_t code : inputs::codec_codes())
-    for (const int32_t d : {64, 256})
+    for (const int32_t d : {64, 112, 256})
       for (const Side side : {Side::key, Side::value}) {
         const check::Context context(inputs::info_of(code).name, " head_dim ", d);
         std::vector<float> x(static_cast<size_t>(kTile * d), 0.5F);

@@ -17,6 +17,8 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen3NextConfig,
     T5Config,
@@ -53,6 +55,21 @@ def test_hybrid_identity() -> None:
         cache = kvpack.Cache(model.config, key="exact", window=16, fused=False)
     ids = h.tokens(2, 200)
     assert torch.equal(h.run(model, cache, ids, [90]), h.run(model, h.stock(model), ids, [90]))
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 112, 160, 192])
+def test_head_sizes_that_are_no_powers_of_two(head_dim: int) -> None:
+    model = h.build(LlamaForCausalLM, LlamaConfig(**{**h.SHAPE, "head_dim": head_dim}))
+    ids = h.tokens(2, 200)
+    want = h.run(model, h.stock(model), ids, [150])
+    assert torch.equal(h.run(model, h.packed(model, fused=False), ids, [150]), want)
+    assert h.error(h.run(model, h.packed(model), ids, [150]), want) <= 1e-4
+    for codec in ("q8_0", "q4_0", "tq3"):
+        cache = h.packed(model, key=codec, precision="high")
+        fused = h.run(model, cache, ids, [150])
+        assert all(layer["fused_calls"] > 0 for layer in map(vars, cache.stats()))
+        dense = h.run(model, h.packed(model, key=codec, fused=False), ids, [150])
+        assert h.error(fused, dense) <= 1e-3
 
 
 def test_linear_layers() -> None:

@@ -42,6 +42,12 @@ def check(impl: Implementation, case: Case) -> None:
         ("q4_0", "tq2", 64, 64),
         ("exact", "exact", 128, 64),
         ("tq3", "exact", 64, 128),
+        ("tq3", "q4_0", 80, 112),
+        ("q4_0", "tq3", 112, 80),
+        ("exact", "tq4", 96, 160),
+        ("tq3", "exact", 112, 96),
+        ("q8_0", "tq2", 80, 192),
+        ("tq4", "q8_0", 192, 112),
     ],
 )
 def test_codecs(impl: Implementation, key: str, value: str, dk: int, dv: int, dtype: str) -> None:

@@ -81,11 +81,13 @@ def test_sizes() -> None:
         8192,
     ]
     for name in names():
-        for d in (64, 128, 256):
+        for d in reference.HEAD_SIZES:
             assert all(size % 64 == 0 for size in sections(name, d))
             assert side_bytes(name, d, "key") == side_bytes(name, d, "value") == sum(sections(name, d))
-    with pytest.raises(ValueError, match="head size 80 is not supported"):
-        side_bytes("tq4", 80, "key")
+    assert sections("q8_0", 80) == (384, 0, 5120)
+    assert sections("tq3", 112) == (128, 0, 2688)
+    with pytest.raises(ValueError, match="head size 72 is not supported"):
+        side_bytes("tq4", 72, "key")
     with pytest.raises(ValueError, match="dtype 'float64' is not one of float32, float16, bfloat16"):
         side_bytes("exact", 64, "key", "float64")
 

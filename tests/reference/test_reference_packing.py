@@ -18,7 +18,7 @@ from kvpack.reference.packing import (
     unpack_scales,
 )
 
-SHAPES = [(bits, d) for bits in (8, 4, 3, 2) for d in (64, 80, 96, 128, 256) if not (bits == 3 and d == 80)]
+SHAPES = [(bits, d) for bits in (8, 4, 3, 2) for d in (64, 80, 96, 112, 128, 256)]
 UNIT_DWORDS = {8: 1, 4: 2, 3: 8, 2: 4}
 
 
@@ -31,7 +31,11 @@ def places(bits: int, side: str, d: int, token: int, dim: int) -> list[tuple[int
     superblock = lane // 64
     blocks = min(4, (lanes - 64 * superblock) // 16)
     block, u, j = lane % 64 // 16, z // 4 // uv, z // 4 % uv
-    start = superblock * 4 * (depth // (4 * uv)) * lines * 64
+    whole = depth // (4 * uv)
+    if u == whole:  # shared by the lane blocks of a pair: each has half of the dwords
+        j += block % 2 * (uv // 2)
+        block //= 2
+    start = superblock * 8 * depth * bits
 
     def byte(plane: int) -> int:
         return start + ((u * blocks + block) * lines + plane) * 64 + lane % 16 * 4 + z % 4
@@ -114,8 +118,6 @@ def test_bad_arguments_are_refused() -> None:
         pack_codes(codes, 4, "k")
     with pytest.raises(ValueError, match="head size 72 is not a multiple of 16"):
         pack_codes(np.zeros((64, 72), np.uint8), 4, "key")
-    with pytest.raises(ValueError, match="80 is not a multiple of 32, which 3-bit key codes need"):
-        pack_codes(np.zeros((64, 80), np.uint8), 3, "key")
     with pytest.raises(ValueError, match="64 tokens, not 63"):
         pack_codes(codes[:63], 4, "key")
     with pytest.raises(ValueError, match="code 16 has more than 4 bits"):

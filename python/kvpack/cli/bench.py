@@ -23,7 +23,7 @@ def bench(
     ] = "1024,4096,16384",
     kv_heads: Annotated[int, typer.Option("--kv-heads", min=1)] = 2,
     group: Annotated[int, typer.Option("--group", min=1, help="Query heads per KV head.")] = 4,
-    head_dim: Annotated[int, typer.Option("--head-dim", "-d", help="64, 128 or 256.")] = 128,
+    head_dim: Annotated[int, typer.Option("--head-dim", "-d", help="64, 80, 96, 112, 128, 160, 192 or 256.")] = 128,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="Of torch's keys and values, and of the query.")] = "bfloat16",
     precision: Annotated[str, typer.Option("--precision", help="default or high.")] = "default",

@@ -49,7 +49,7 @@ _decode_pages_op = _decode_pages.OP
 def layout(key_code: int, key_dim: int, value_code: int, value_dim: int, kv_heads: int) -> list[int]:
     """The checked layout list ``[key_code, key_dim, value_code, value_dim, kv_heads]``.
 
-    Raises ValueError for an unknown codec code, an unsupported head size (64, 128, 256) or no KV heads.
+    Raises ValueError for an unknown codec code, a head size that is not supported, or no KV heads.
     """
     out = [key_code, key_dim, value_code, value_dim, kv_heads]
     _tables.parse_layout(out)

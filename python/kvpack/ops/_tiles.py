@@ -89,8 +89,8 @@ def unpack_codes(data: Tensor, bits: int, side: int, head_dim: int) -> Tensor:
         fields = [_part(units, bits).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)]
         if whole < depth:
             shared = part[..., 2 * nb * whole * bits :].reshape(-1, part.shape[1], nb // 2, planes, 16, 4)
-            halves = _part(shared, bits).unflatten(3, (2, uv // 2)).permute(0, 1, 2, 3, 5, 4, 6)
-            fields.append(halves.flatten(2, 3).flatten(4))
+            halves = _part(shared, bits).reshape(-1, part.shape[1], nb // 2, 2, uv // 2, 16, 4)
+            fields.append(halves.permute(0, 1, 2, 3, 5, 4, 6).flatten(2, 3).flatten(4))
         out.append(torch.cat(fields, dim=-1).reshape(*data.shape[:-1], width, depth))
     grid = torch.cat(out, dim=-2)
     return grid if side == KEY else grid.transpose(-1, -2)
