@@ -33,14 +33,14 @@ inline float error_of(float scale, const Match& m, int head_dim) {
 }
 
 // Lloyd-Max codes of z = y * gain / r, and their match.
-template <class S, class Codec, int D>
-[[gnu::always_inline]] inline Match assign(const float* y, float inv, float gain, bool projects, uint8_t* codes) {
+template <class S, class Codec>
+Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes) {
   using F = typename S::F;
-  constexpr int kVectors = D / S::kLanes, kHalf = 1 << (Codec::kBits - 1);
+  constexpr int kHalf = 1 << (Codec::kBits - 1);
   static constexpr kvpack::LevelTable kLevels = Codec::kLevels;
-  F q[kVectors], square = S::zero();
-  for (int i = 0; i < kVectors; ++i) {
-    const F z = S::mul(S::mul(S::load(y + i * S::kLanes), S::set1(inv)), S::set1(gain)), a = S::abs(z);
+  F square = S::zero();
+  const float xc = lane_sum<S>(head_dim, [&](int i) __attribute__((always_inline)) {
+    const F at = S::load(y + i), z = S::mul(S::mul(at, S::set1(inv)), S::set1(gain)), a = S::abs(z);
     F magnitude = S::set1(0.5F), level = S::set1(kLevels.level[kHalf]);
     for (int k = 1; k < kHalf; ++k) {
       const F t = S::set1(kvpack::threshold<Codec>(k));
@@ -49,47 +49,42 @@ template <class S, class Codec, int D>
           level, a, t, S::set1(static_cast<float>(kLevels.level[kHalf + k] - kLevels.level[kHalf + k - 1])));
     }
     // kHalf + mag above zero, kHalf - 1 - mag below: one expression in mag + 1/2.
-    S::store_low_bytes(codes + i * S::kLanes,
-                       S::add(S::set1(static_cast<float>(kHalf) - 0.5F), S::copy_sign(magnitude, z)));
+    S::store_low_bytes(codes + i, S::add(S::set1(static_cast<float>(kHalf) - 0.5F), S::copy_sign(magnitude, z)));
     square = S::fma(level, level, square);  // exact: integers below 2^24
-    q[i] = S::copy_sign(level, z);
-  }
-  const float xc = projects ? LaneSum<S>::template over<D>([&](int i) {
-    return S::mul(S::load(y + i * S::kLanes), q[i]);
-  })
-                            : 0.0F;
+    return S::mul(at, S::copy_sign(level, z));
+  });
   return {xc, S::reduce_add(square)};
 }
 
-template <class S, class Codec, int D>
+template <class S, class Codec>
 int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   using namespace kvpack;
+  const int d = a.head_dim;
   int32_t status = 0;
-  const bool projects = a.search || a.rule == Rule::mse || a.rule == Rule::unbiased;
   for (int t = 0; t < kTile; ++t) {
     const Rotated& x = vectors[t];
-    uint8_t* codes = a.scratch + t * D;
+    uint8_t* codes = a.scratch + t * d;
     if (!x.live) {
-      __builtin_memset(codes, 1 << (Codec::kBits - 1), D);
+      __builtin_memset(codes, 1 << (Codec::kBits - 1), static_cast<size_t>(d));
       a.tile.scales[t] = 0;
       continue;
     }
     const float inv = 1.0F / x.r;
     const auto coded = [&](float gain, uint8_t* to) {
-      return assign<S, Codec, D>(a.x + t * D, inv, gain, projects, to);
+      return assign<S, Codec>(a.x + t * d, d, inv, gain, to);
     };
     Match m = coded(1.0F, codes);
-    float scale = scale_of(a.rule, x, m, Codec::kUnit, D);
+    float scale = scale_of(a.rule, x, m, Codec::kUnit, d);
     if (a.search) {
-      alignas(64) uint8_t trial[D];
-      float best = error_of(scale, m, D);
+      alignas(64) uint8_t trial[kMaxHeadDim];
+      float best = error_of(scale, m, d);
       for (const float gain : kSearchGains) {
         m = coded(gain, trial);
-        const float other = scale_of(a.rule, x, m, Codec::kUnit, D), error = error_of(other, m, D);
+        const float other = scale_of(a.rule, x, m, Codec::kUnit, d), error = error_of(other, m, d);
         if (error >= best) continue;
         best = error;
         scale = other;
-        __builtin_memcpy(codes, trial, D);
+        __builtin_memcpy(codes, trial, static_cast<size_t>(d));
       }
     }
     report(status, store_scale(scale, x.e, a.tile.scales + t), t);
@@ -106,56 +101,55 @@ struct Search {
 };
 
 // Codes of a tile at one gain, [token][dim], and the match of every token.
-template <class S, class Codec, int D>
+template <class S, class Codec>
 void search_tile(const kvpack::EncodeArgs& a, const Rotated* vectors, float gain, uint8_t* codes, Match* matches) {
   using namespace kvpack;
   const bool key = a.side == Side::key;
-  const int steps = key ? D : kTile, lanes = key ? kTile : D;
+  const int d = a.head_dim, steps = key ? d : kTile, lanes = key ? kTile : d;
   static_assert(sizeof(Search<Codec>) <= kEncodeWorkspace);
   auto& work = *reinterpret_cast<Search<Codec>*>(a.workspace);
   int16_t* const fixed = work.fixed;
-  alignas(64) float z[D];
-  alignas(64) int16_t row[D];
+  alignas(64) float z[kMaxHeadDim];
+  alignas(64) int16_t row[kMaxHeadDim];
   for (int t = 0; t < kTile; ++t) {
     const auto inv = S::set1(vectors[t].live ? 1.0F / vectors[t].r : 0.0F);
-    for (int i = 0; i < D; i += S::kLanes) {
-      const auto value = S::mul(S::mul(S::load(a.x + t * D + i), inv), S::set1(gain));
+    for (int i = 0; i < d; i += S::kLanes) {
+      const auto value = S::mul(S::mul(S::load(a.x + t * d + i), inv), S::set1(gain));
       S::store_int16(row + i, S::mul(value, S::set1(kTrellisFixed)));
     }
     if (key) {
-      for (int n = 0; n < D; ++n) fixed[n * kTile + t] = row[trellis_depth(n, D)];
+      for (int n = 0; n < d; ++n) fixed[n * kTile + t] = row[trellis_depth(n, d)];
     } else {
       const int n = t / 4 + t % 4 * (kTile / 4);
-      __builtin_memcpy(fixed + n * D, row, sizeof row);
+      __builtin_memcpy(fixed + n * d, row, static_cast<size_t>(d) * 2);
     }
   }
   trellis_search<S, typename Codec::Code>(fixed, steps, lanes, work.path, &work.trellis);
   for (int n = 0; n < steps; ++n)
     for (int l = 0; l < lanes; ++l)
-      codes[key ? l * D + trellis_depth(n, D) : trellis_depth(n, kTile) * D + l] = work.path[n * lanes + l];
-  __builtin_memcpy(work.levels, codes, static_cast<size_t>(kTile * D));
-  codes_to_levels<Codec>(work.levels, D, a.side);
+      codes[key ? l * d + trellis_depth(n, d) : trellis_depth(n, kTile) * d + l] = work.path[n * lanes + l];
+  __builtin_memcpy(work.levels, codes, static_cast<size_t>(kTile) * static_cast<size_t>(d));
+  codes_to_levels<Codec>(work.levels, d, a.side);
   for (int t = 0; t < kTile; ++t) {
-    const auto* q = reinterpret_cast<const int8_t*>(work.levels) + t * D;
+    const auto* q = reinterpret_cast<const int8_t*>(work.levels) + t * d;
     int32_t cc = 0;
-    for (int i = 0; i < D; ++i) {
+    for (int i = 0; i < d; ++i) {
       cc += q[i] * q[i];
       z[i] = static_cast<float>(q[i]);
     }
-    const float xc = LaneSum<S>::template over<D>([&](int i) {
-      return S::mul(S::load(a.x + t * D + i * S::kLanes), S::load(z + i * S::kLanes));
-    });
+    const float xc = lane_sum<S>(d, [&](int i) { return S::mul(S::load(a.x + t * d + i), S::load(z + i)); });
     matches[t] = {xc, static_cast<float>(cc > 1 ? cc : 1)};
   }
 }
 
-template <class S, class Codec, int D>
+template <class S, class Codec>
 int32_t encode_trellis(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   using namespace kvpack;
+  const int d = a.head_dim;
   Match matches[kTile];
   float scales[kTile];
-  search_tile<S, Codec, D>(a, vectors, 1.0F, a.scratch, matches);
-  for (int t = 0; t < kTile; ++t) scales[t] = scale_of(a.rule, vectors[t], matches[t], Codec::kUnit, D);
+  search_tile<S, Codec>(a, vectors, 1.0F, a.scratch, matches);
+  for (int t = 0; t < kTile; ++t) scales[t] = scale_of(a.rule, vectors[t], matches[t], Codec::kUnit, d);
   if (a.search) {
     // Sequences of keys belong to one token each, those of values run through all of them: the gain is chosen per
     // token or per tile.
@@ -164,23 +158,23 @@ int32_t encode_trellis(const kvpack::EncodeArgs& a, const Rotated* vectors) {
     const auto error = [&](const float* s, int first) {
       float sum = 0.0F;
       for (int t = first; t < first + each; ++t) {
-        const float relative = error_of(s[t], matches[t], D) / vectors[t].n2;
+        const float relative = error_of(s[t], matches[t], d) / vectors[t].n2;
         sum = sum + (vectors[t].live ? relative : 0.0F);
       }
       return sum;
     };
     for (int t = 0; t < kTile; t += each) best[t] = error(scales, t);
-    alignas(64) uint8_t trial[kTile * D];
+    alignas(64) uint8_t trial[kTile * kMaxHeadDim];
     for (const float gain : kSearchGains) {
-      search_tile<S, Codec, D>(a, vectors, gain, trial, matches);
-      for (int t = 0; t < kTile; ++t) other[t] = scale_of(a.rule, vectors[t], matches[t], Codec::kUnit, D);
+      search_tile<S, Codec>(a, vectors, gain, trial, matches);
+      for (int t = 0; t < kTile; ++t) other[t] = scale_of(a.rule, vectors[t], matches[t], Codec::kUnit, d);
       for (int t = 0; t < kTile; t += each) {
         const float e = error(other, t);
         if (e >= best[t]) continue;
         best[t] = e;
         for (int n = t; n < t + each; ++n) {
           scales[n] = other[n];
-          __builtin_memcpy(a.scratch + n * D, trial + n * D, D);
+          __builtin_memcpy(a.scratch + n * d, trial + n * d, static_cast<size_t>(d));
         }
       }
     }
@@ -253,17 +247,15 @@ int32_t encode(const kvpack::EncodeArgs& a) {
   using kvpack::kTile;
   int32_t status = 0;
   if constexpr (Codec::kRotated) {
-    for_head_dim(a.head_dim, [&]<int D>() {
-      Rotated vectors[kTile];
-      status = to_rotated<S, D>(a, vectors);
-      if (status != 0) return;
-      if constexpr (Codec::kTrellis)
-        status = encode_trellis<S, Codec, D>(a, vectors);
-      else if constexpr (Codec::kScaleRules)
-        status = encode_lloyd_max<S, Codec, D>(a, vectors);
-      else
-        status = encode_blocks<S, Codec>(a, vectors);
-    });
+    Rotated vectors[kTile];
+    status = for_head_dim(a.head_dim, [&]<int D>() { return to_rotated<S, D>(a, vectors); });
+    if (status != 0) return status;
+    if constexpr (Codec::kTrellis)
+      status = encode_trellis<S, Codec>(a, vectors);
+    else if constexpr (Codec::kScaleRules)
+      status = encode_lloyd_max<S, Codec>(a, vectors);
+    else
+      status = encode_blocks<S, Codec>(a, vectors);
   } else {
     status = encode_blocks<S, Codec>(a, nullptr);
   }

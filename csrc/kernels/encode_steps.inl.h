@@ -50,26 +50,20 @@ inline int32_t store_scale(float scale, int e, uint16_t* out) {
   return (half & 0x7c00U) == 0x7c00U ? kScaleOverflow : kCoded;
 }
 
-template <class S>
-struct LaneSum {
-  static constexpr int kParts = 16 / S::kLanes;
+// A sum in 16 lanes: product(i) are those of the vector at i.
+template <class S, class Product>
+[[gnu::always_inline]] inline float lane_sum(int n, Product&& product) {
+  constexpr int kParts = 16 / S::kLanes;
   typename S::F part[kParts];
-  void start(int i, typename S::F product) { part[i] = product; }
-  void next(int i, typename S::F product) { part[i] = S::add(part[i], product); }
-  float total() const {
-    alignas(64) float l[16];
-    for (int i = 0; i < kParts; ++i) S::store(l + i * S::kLanes, part[i]);
-    for (int step = 8; step >= 1; step /= 2)
-      for (int i = 0; i < step; ++i) l[i] = l[i] + l[i + step];
-    return l[0];
-  }
-  template <int D, class Product>
-  static float over(Product&& product) {
-    LaneSum sum;
-    for (int i = 0; i < D / S::kLanes; ++i) i < kParts ? sum.start(i, product(i)) : sum.next(i % kParts, product(i));
-    return sum.total();
-  }
-};
+  for (int p = 0; p < kParts; ++p) part[p] = product(p * S::kLanes);
+  for (int i = 16; i < n; i += 16)
+    for (int p = 0; p < kParts; ++p) part[p] = S::add(part[p], product(i + p * S::kLanes));
+  alignas(64) float l[16];
+  for (int p = 0; p < kParts; ++p) S::store(l + p * S::kLanes, part[p]);
+  for (int step = 8; step >= 1; step /= 2)
+    for (int q = 0; q < step; ++q) l[q] = l[q] + l[q + step];
+  return l[0];
+}
 
 // float32(1 / sqrt(d)): from the unnormalised transform to the orthonormal one.
 inline float unit_norm(int head_dim) {
@@ -88,7 +82,8 @@ template <class S, int D>
                                                  typename S::F (&v)[D / S::kLanes], float* n2) {
   for (int i = 0; i < D / S::kLanes; ++i)
     v[i] = S::mul(S::mul(S::load(x + i * S::kLanes), S::set1(power.down)), S::set1(power.down_again));
-  if (n2 != nullptr) *n2 = LaneSum<S>::template over<D>([&](int i) { return S::mul(v[i], v[i]); });
+  if (n2 != nullptr)
+    *n2 = lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); });
   for (int i = 0; i < D / S::kLanes; ++i) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));
   hadamard<S, D>(v);
 }
@@ -133,7 +128,7 @@ int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
       v[i] = S::sub(v[i], S::load(mean + i * S::kLanes));
       S::store(a.x + t * D + i * S::kLanes, v[i]);
     }
-    const float n2 = LaneSum<S>::template over<D>([&](int i) { return S::mul(v[i], v[i]); }) *
+    const float n2 = lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); }) *
                      static_cast<float>(1.0 / D);
     out[t] = n2 > 0.0F ? Rotated{n2, __builtin_sqrtf(n2), power.e, true} : Rotated{1.0F, 1.0F, 0, false};
   }

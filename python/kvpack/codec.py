@@ -6,6 +6,7 @@ bytes that a cache keeps in its pages.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -46,12 +47,15 @@ class Packed:
 
     Attributes:
         data: uint8 ``[..., tiles, side_bytes]``, a NumPy array or a tensor, as the input was.
+        means: uint8 ``[..., n, head_dim + 2]``, int8 levels and an fp16 scale each: one mean for a tile
+            (``center=tile``), one for four tiles (``center=mean``), else none.
         shape: shape of the input, ``[..., tokens, head_dim]``.
         dtype: dtype of the input.
         nonfinite: how many non-finite elements were replaced by zero (``KVPACK_NONFINITE=zero``).
     """
 
     data: Any
+    means: Any
     shape: tuple[int, ...]
     dtype: Dtype
     spec: CodecSpec
@@ -60,8 +64,8 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tiles, the unused tail of the last one included."""
-        return int(self.data.nbytes)
+        """Bytes of all tiles and means, the unused tail of the last tile included."""
+        return int(self.data.nbytes) + int(self.means.nbytes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Codec:
 
     @property
     def bits(self) -> float:
-        """Honest bits per value of full tiles: codes, scales and all metadata (``exact``: of float32)."""
+        """Honest bits per value of full pages: codes, scales and all metadata (``exact``: of float32)."""
         return self.spec.bits(self.head_dim, self.side)
 
     def encode(self, x: Array) -> Packed:
@@ -103,9 +107,9 @@ class Codec:
         dtype: Dtype = "float16" if x.dtype == np.float16 else "float32"
         lead = x.shape[:-2]
         flat = np.ascontiguousarray(x).reshape(-1 if 0 not in x.shape[:-2] else 0, *x.shape[-2:])
-        data = _core.encode(flat, self.spec.code(dtype), side_index(self.side))
-        packed = data.reshape(*lead, *data.shape[-2:])
-        return Packed(packed, tuple(x.shape), dtype, self.spec, self.side, replaced)
+        data, means = _core.encode(flat, self.spec.code(dtype), side_index(self.side))
+        data, means = (part.reshape(*lead, *part.shape[-2:]) for part in (data, means))
+        return Packed(data, means, tuple(x.shape), dtype, self.spec, self.side, replaced)
 
     def decode(self, packed: Packed) -> Array:
         """Decode to ``[..., tokens, head_dim]``: float32 for NumPy, the input's dtype for tensors.
@@ -126,10 +130,10 @@ class Codec:
 
             from kvpack import ops
 
-            return ops.decode(packed.data, code, side, tokens, self.head_dim, getattr(torch, packed.dtype))
-        data = packed.data
-        flat = np.ascontiguousarray(data).reshape(-1 if 0 not in data.shape[:-2] else 0, *data.shape[-2:])
-        x = _core.decode(flat, code, side, tokens, self.head_dim).reshape(packed.shape)
+            return ops.decode(packed.data, packed.means, code, side, tokens, self.head_dim, getattr(torch, packed.dtype))
+        rows = math.prod(packed.shape[:-2])
+        data, means = (np.ascontiguousarray(x).reshape(rows, *x.shape[-2:]) for x in (packed.data, packed.means))
+        x = _core.decode(data, means, code, side, tokens, self.head_dim).reshape(packed.shape)
         return x.astype(np.float16) if self.spec.info.bits == 0 and packed.dtype == "float16" else x
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -153,8 +157,8 @@ class Codec:
             replaced = int(x.numel() - int(finite.sum()))
             x = torch.where(finite, x, torch.zeros((), dtype=x.dtype, device=x.device)) if replaced else x
         element = DTYPES[DTYPES.index(dtype)]
-        data = ops.encode(x, self.spec.code(element), side_index(self.side))
-        return Packed(data, tuple(x.shape), element, self.spec, self.side, replaced)
+        data, means = ops.encode(x, self.spec.code(element), side_index(self.side))
+        return Packed(data, means, tuple(x.shape), element, self.spec, self.side, replaced)
 
 
 def _is_tensor(x: object) -> TypeGuard[torch.Tensor]:

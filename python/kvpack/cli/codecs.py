@@ -51,10 +51,14 @@ def codecs(json: JsonOption = False, debug: DebugOption = False) -> None:
             row["name"],
             *(f"{row['bits'][str(d)]:.3f}" for d in HEAD_SIZES),
             "yes" if row["rotated"] else "no",
-            "vector" if row["rotated"] else (f"{block} values" if block else "-"),
+            f"{block} values" if block else ("vector" if row["code_bits"] else "-"),
             row["what"],
             row["source"],
         )
     console = output()
     console.print(table)
-    console.print("Options: tq4:scale=stored|norm|mse|unbiased (rotated codecs; default norm).", markup=False)
+    console.print(
+        "Options: scale=stored|norm|mse|unbiased (default norm) and search, of codecs with one scale for the vector;\n"
+        "center=none|mean|tile of rotated ones (a cache: tile for keys, mean for values). Like tcq3:center=tile,search.",
+        markup=False,
+    )

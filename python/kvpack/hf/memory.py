@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache as StockCache
 from transformers import EncoderDecoderCache
 
-from kvpack.ops import _tables
+from kvpack.ops import PAGE_TILES, _tables
 
 from .layer import PackedLayer
 from .pages import Page, PageTable
@@ -28,7 +28,7 @@ def nbytes(*caches: StockCache) -> int:
 def memory(*caches: StockCache) -> dict[str, int]:
     """Bytes by kind; the kinds are disjoint and add up to `nbytes`.
 
-    codes, scales, means: of the tiles in use. window, sinks: their buffers, with free room; tokens that wait
+    codes, scales, means: of the tiles in use (the mean of a row counts in every page, which has a copy). window, sinks: their buffers, with free room; tokens that wait
     to be placed count as window. slack: slots of pages that are not in use. tables: page addresses, tile
     counts, padding. other: layers that are not packed. workspace: kept between calls (none is: attend asks
     torch for its own and gives it back).
@@ -57,10 +57,14 @@ def memory(*caches: StockCache) -> dict[str, int]:
     for page, used, table in pages.values():
         out["slack"] += page.data.untyped_storage().nbytes()
         layout = _tables.parse_layout(table.layout)
-        for kind, sizes in zip(("scales", "means", "codes"), zip(*layout.sections, strict=True), strict=True):
-            size = used * layout.kv_heads * sum(sizes)
-            out[kind] += size
-            out["slack"] -= size
+        sizes = {
+            "scales": used * sum(side.scales for side in layout.sections),
+            "codes": used * sum(side.codes for side in layout.sections),
+            "means": sum(side.means if side.mean_count == 1 else used * (side.means // PAGE_TILES) for side in layout.sections),
+        }
+        for kind, size in sizes.items():
+            out[kind] += layout.kv_heads * size
+            out["slack"] -= layout.kv_heads * size
     for kind, found in storages.items():
         out[kind] += sum(found.values())
     return out

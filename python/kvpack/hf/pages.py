@@ -162,10 +162,11 @@ class PageTable:
         return self._first
 
     def _copy(self, page: Page, slots: int) -> Page:
-        heads, record = self.layout[4], ops.record_bytes(self.layout)
+        used, records = slots * ops.record_bytes(self.layout), PAGE_TILES * ops.record_bytes(self.layout)
         data = torch.empty_like(page.data)
-        shape = (heads, PAGE_TILES, record)
-        data.view(shape)[:, :slots] = page.data.view(shape)[:, :slots]
+        shape = (self.layout[4], ops.head_bytes(self.layout))
+        for part in (slice(0, used), slice(records, None)):  # the slots in use, and the means
+            data.view(shape)[:, part] = page.data.view(shape)[:, part]
         return Page(data, slots)
 
     def crop(self, tokens: int) -> None:

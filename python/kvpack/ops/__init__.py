@@ -26,6 +26,7 @@ __all__ = [
     "decode_pages",
     "encode",
     "encode_pages",
+    "head_bytes",
     "layout",
     "native",
     "page_bytes",
@@ -57,7 +58,7 @@ def layout(key_code: int, key_dim: int, value_code: int, value_dim: int, kv_head
 
 
 def side_bytes(codec: int, head_dim: int, side: int) -> int:
-    """Bytes of one side of a tile (64 tokens of one KV head): scales, mean and codes."""
+    """Bytes of one side of a tile (64 tokens of one KV head): scales and codes."""
     return _tables.sections(codec, head_dim, side).total
 
 
@@ -67,11 +68,16 @@ def record_bytes(layout: Sequence[int]) -> int:
 
 
 def page_bytes(layout: Sequence[int]) -> int:
-    """Bytes of a page: ``PAGE_TILES`` records of every KV head."""
+    """Bytes of a page: ``PAGE_TILES`` records and the means of every KV head."""
     return _tables.parse_layout(layout).page
 
 
-def encode(x: Tensor, codec: int, side: int) -> Tensor:
+def head_bytes(layout: Sequence[int]) -> int:
+    """Bytes of the part of a page that belongs to one KV head: its records, then its means."""
+    return _tables.parse_layout(layout).head
+
+
+def encode(x: Tensor, codec: int, side: int) -> tuple[Tensor, Tensor]:
     """Encode vectors to the canonical bytes of whole tiles.
 
     Args:
@@ -80,21 +86,25 @@ def encode(x: Tensor, codec: int, side: int) -> Tensor:
         side: 0 key, 1 value.
 
     Returns:
-        uint8 [..., ceil(tokens / 64), side_bytes]; the last tile is filled with zero vectors.
+        uint8 [..., ceil(tokens / 64), side_bytes], the last tile filled with zero vectors; and the means of a
+        centred codec, uint8 [..., n, d + 2], n being 0, the number of tiles, or a quarter of it.
 
     Raises:
         ValueError: for bad arguments, for values that are not finite (of any codec), and for a scale
             that is not finite in float16; the message names side and token.
     """
-    out: Tensor = _encode_op(x, codec, side)
+    out: tuple[Tensor, Tensor] = _encode_op(x, codec, side)
     return out
 
 
-def decode(packed: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def decode(
+    packed: Tensor, means: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype
+) -> Tensor:
     """Decode what ``encode`` made.
 
     Args:
         packed: uint8 [..., tiles, side_bytes].
+        means: uint8 [..., n, d + 2].
         codec: codec code.
         side: 0 key, 1 value.
         tokens: tokens to return, with ``ceil(tokens / 64) == tiles``.
@@ -104,7 +114,7 @@ def decode(packed: Tensor, codec: int, side: int, tokens: int, head_dim: int, dt
     Returns:
         [..., tokens, d], contiguous.
     """
-    out: Tensor = _decode_op(packed, codec, side, tokens, head_dim, dtype)
+    out: Tensor = _decode_op(packed, means, codec, side, tokens, head_dim, dtype)
     return out
 
 

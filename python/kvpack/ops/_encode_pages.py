@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import _library, _pages, _tables, _tiles
+from . import _library, _pages, _tables
 from ._tables import KEY, PAGE_TILES, TILE, VALUE
 
 # The pages lie outside every tensor argument; the table stands for them, so it is what is declared mutated,
@@ -44,11 +44,7 @@ def fake(table: Tensor, keys: Tensor, values: Tensor, first_tile: int, layout: S
 def default(table: Tensor, keys: Tensor, values: Tensor, first_tile: int, layout: Sequence[int]) -> None:
     _check(table, keys, values, first_tile, layout)
     parsed = _tables.parse_layout(layout)
-    sides = [
-        _tiles.encode_tiles(x, parsed.codecs[side], side, parsed.sections[side])
-        for x, side in ((keys, KEY), (values, VALUE))
-    ]
-    _pages.write_tiles(table, (sides[KEY], sides[VALUE]), first_tile, parsed)
+    _pages.write_tiles(table, (keys, values), first_tile, parsed)
 
 
 OP = _library.register(SCHEMA, fake, default)

@@ -8,12 +8,13 @@ addresses can be told here, and are.
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _tables, _tiles
-from ._tables import KEY, LINE, PAGE_TILES, TILE, Layout
+from . import _tiles
+from ._tables import KEY, LINE, PAGE_TILES, TILE, VALUE, Layout
 
 
 def check_table(table: Tensor) -> None:
@@ -41,13 +42,21 @@ def counts_list(counts: Tensor) -> list[int]:
     return values
 
 
-def _page(address: int, layout: Layout) -> Tensor:
-    """The page at an address as uint8 [kv_heads, slot, record_bytes], sharing its memory."""
+class Page(NamedTuple):
+    """A page, sharing its memory: records uint8 [kv_heads, slot, record_bytes], means uint8 [kv_heads, bytes]."""
+
+    records: Tensor
+    means: Tensor
+
+
+def _page(address: int, layout: Layout) -> Page:
     memory = (ctypes.c_uint8 * layout.page).from_address(address)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(layout.kv_heads, PAGE_TILES, layout.record)
+    heads = torch.frombuffer(memory, dtype=torch.uint8).view(layout.kv_heads, layout.head)
+    records = PAGE_TILES * layout.record
+    return Page(heads[:, :records].unflatten(1, (PAGE_TILES, layout.record)), heads[:, records:])
 
 
-def open_pages(table: Tensor, first: int, last: int, layout: Layout) -> list[list[Tensor]]:
+def open_pages(table: Tensor, first: int, last: int, layout: Layout) -> list[list[Page]]:
     """The pages that hold tiles ``first`` to ``last`` (exclusive) of each row; all are checked first."""
     if table.device.type != "cpu":
         raise ValueError(f"table is on {table.device}; allowed: the CPU, as the pages of this release")
@@ -62,34 +71,90 @@ def open_pages(table: Tensor, first: int, last: int, layout: Layout) -> list[lis
     return [[_page(address, layout) for address in row] for row in rows]
 
 
-def write_tiles(table: Tensor, sides: tuple[Tensor, Tensor], first_tile: int, layout: Layout) -> None:
-    """Store both sides, uint8 [B, kv_heads, tiles, side_bytes], as the tiles from ``first_tile`` on."""
-    tiles = sides[KEY].shape[2]
-    begin = first_tile // PAGE_TILES
-    records = sides[KEY].new_empty((*sides[KEY].shape[:3], layout.record))
-    for data, ranges in zip(sides, _ranges(layout), strict=True):
-        at = 0
-        for start, stop in ranges:
-            records[..., start:stop] = data[..., at : at + stop - start]
-            at += stop - start
-    for b, pages in enumerate(open_pages(table, first_tile, first_tile + tiles, layout)):
-        for t in range(tiles):
-            page, slot = divmod(first_tile + t, PAGE_TILES)
-            pages[page - begin][:, slot].copy_(records[b, :, t])
+def _mean_parts(side: int, layout: Layout) -> tuple[slice, slice]:
+    """Where the levels and the scales of a side lie in the means of a KV head."""
+    counts = [sizes.mean_count for sizes in layout.sections]
+    levels = [count * d for count, d in zip(counts, layout.head_dims, strict=True)]
+    first = 0 if side == KEY else levels[KEY]
+    scales = sum(levels) + (0 if side == KEY else 2 * counts[KEY])
+    return slice(first, first + levels[side]), slice(scales, scales + 2 * counts[side])
+
+
+def _read_means(means: Tensor, side: int, layout: Layout) -> Tensor:
+    """Of the means [..., bytes] of a KV head, those of one side: [..., mean_count, d + 2]."""
+    count, d = layout.sections[side].mean_count, layout.head_dims[side]
+    levels, scales = _mean_parts(side, layout)
+    head = means.shape[:-1]
+    return torch.cat((means[..., levels].reshape(*head, count, d), means[..., scales].reshape(*head, count, 2)), dim=-1)
+
+
+def _write_means(means: Tensor, side: int, layout: Layout, new: Tensor) -> None:
+    levels, scales = _mean_parts(side, layout)
+    means[..., levels] = new[..., :-2].flatten(-2)
+    means[..., scales] = new[..., -2:].flatten(-2)
+
+
+def write_tiles(table: Tensor, tokens: tuple[Tensor, Tensor], first_tile: int, layout: Layout) -> None:
+    """Encode keys and values [B, kv_heads, 64 * tiles, d] as the tiles from ``first_tile`` on.
+
+    Where the mean is the row's, it is frozen at the row's first tile with a token that is not all zeros, and every
+    page from there on carries a copy.
+    """
+    tiles = tokens[KEY].shape[2] // TILE
+    before = min(first_tile // PAGE_TILES, 1)  # one page more, for its mean
+    begin = first_tile // PAGE_TILES - before
+    opened = open_pages(table, begin * PAGE_TILES, first_tile + tiles, layout)
+    places = [divmod(first_tile + t - begin * PAGE_TILES, PAGE_TILES) for t in range(tiles)]
+    for side in (KEY, VALUE):
+        codec, x, mean = layout.codecs[side], tokens[side], None
+        if tiles == 0 or x.numel() == 0:
+            continue
+        if codec.center == "mean":
+            _tiles.check_finite(x, side)
+            for b, pages in enumerate(opened):
+                _freeze_means(x[b], pages, places, side, layout)
+            pages_of = [[_read_means(pages[page].means, side, layout) for page, _ in places] for pages in opened]
+            mean = torch.stack([torch.cat(row, dim=1) for row in pages_of])
+            codec = codec._replace(center="tile")  # of which every tile happens to have this one
+        data, means = _tiles.encode_tiles(x, codec, side, mean)
+        for b, pages in enumerate(opened):
+            for t, (page, slot) in enumerate(places):
+                at = 0
+                for start, stop in _ranges(layout)[side]:
+                    pages[page].records[:, slot, start:stop] = data[b, :, t, at : at + stop - start]
+                    at += stop - start
+                if layout.codecs[side].center == "tile":
+                    whole = _read_means(pages[page].means, side, layout)
+                    whole[:, slot] = means[b, :, t]
+                    _write_means(pages[page].means, side, layout, whole)
+
+
+def _freeze_means(x: Tensor, pages: list[Page], places: list[tuple[int, int]], side: int, layout: Layout) -> None:
+    """Write the mean of a row x [kv_heads, tokens, d] to the pages of its tiles, head by head."""
+    for t, (page, slot) in enumerate(places):
+        now = _read_means(pages[page].means, side, layout)
+        if slot == 0:
+            now = _read_means(pages[page - 1].means, side, layout) if page else torch.zeros_like(now)
+        for h in range(layout.kv_heads):
+            if not bool(now[h, 0, -2:].any()):
+                now[h] = _tiles.means_of(x[h, t * TILE : (t + 1) * TILE], layout.codecs[side], side)
+        _write_means(pages[page].means, side, layout, now)
 
 
 def read_tiles(table: Tensor, counts: Tensor, side: int, layout: Layout) -> Tensor:
     """The packed tokens of one side: [B, kv_heads, sum(counts), d], float32 (for exact its own dtype)."""
-    codec, head_dim, sizes = layout.codecs[side], layout.head_dims[side], layout.sections
+    codec, head_dim = layout.codecs[side], layout.head_dims[side]
     batch, heads, tokens = table.shape[0], layout.kv_heads, counts_list(counts)
     tiles = len(tokens)
     if tiles == 0 or batch == 0:
         dtype = codec.dtype if codec.exact else torch.float32
         return torch.empty((batch, heads, sum(tokens), head_dim), dtype=dtype)
-    rows = [torch.cat(pages, dim=1)[:, :tiles] for pages in open_pages(table, 0, tiles, layout)]
-    records = torch.stack(rows)  # [B, kv_heads, tiles, record_bytes]
+    opened = open_pages(table, 0, tiles, layout)
+    records = torch.stack([torch.cat([page.records for page in pages], dim=1)[:, :tiles] for pages in opened])
     data = torch.cat([records[..., a:b] for a, b in _ranges(layout)[side]], dim=-1)
-    dense = _tiles.decode_tiles(data, codec, side, head_dim, sizes[side])
+    means = torch.stack([torch.cat([_read_means(p.means, side, layout) for p in pages], dim=1) for pages in opened])
+    count = tiles if codec.center == "tile" else means.shape[2]
+    dense = _tiles.decode_tiles(data, means[:, :, :count], codec, side, head_dim)
     dense = dense.reshape(batch, heads, tiles * TILE, head_dim)
     if min(tokens) == TILE:
         return dense
@@ -98,11 +163,11 @@ def read_tiles(table: Tensor, counts: Tensor, side: int, layout: Layout) -> Tens
 
 
 def _ranges(layout: Layout) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Byte ranges of (scales, mean, codes) in a record, of either side; in a record, K and V alternate."""
+    """Byte ranges of (scales, codes) in a record, of either side; in a record, K and V alternate."""
     out: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     at = 0
-    for section in range(3):
-        for side in (KEY, _tables.VALUE):
+    for section in range(2):
+        for side in (KEY, VALUE):
             size = layout.sections[side][section]
             out[side].append((at, at + size))
             at += size

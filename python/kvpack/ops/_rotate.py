@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _library, _quantize, _tables
+from ..reference import rotate
+from . import _library, _tables
 
 SCHEMA = "rotate(Tensor x, bool inverse) -> Tensor"
 
@@ -24,7 +25,8 @@ def fake(x: Tensor, inverse: bool) -> Tensor:
 
 def default(x: Tensor, inverse: bool) -> Tensor:
     _check(x)
-    return _quantize.rotate(x.to(torch.float32), inverse).to(x.dtype).contiguous()
+    rotated = torch.from_numpy(rotate(x.detach().to("cpu", torch.float64).numpy(), inverse))
+    return rotated.to(x.device, x.dtype).contiguous()
 
 
 OP = _library.register(SCHEMA, fake, default)

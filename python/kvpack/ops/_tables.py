@@ -1,8 +1,8 @@
-"""What a codec code and a layout mean: codebooks, sizes in bytes, and the checks of all of them.
+"""What a codec code and a layout mean: options, sizes in bytes, and the checks of all of them.
 
-The numbers of the format (ids, bits, levels, units) come from ``kvpack.reference``, which specifies them. A
-*codec code* is ``id | rule << 8 | dtype << 16``, a *layout* is the list ``[key_code, key_dim, value_code,
-value_dim, kv_heads]``.
+The numbers of the format (ids, bits, options) come from ``kvpack.reference``, which specifies them. A *codec
+code* is ``id | rule << 8 | dtype << 16 | center << 24 | search << 28``, a *layout* is the list ``[key_code,
+key_dim, value_code, value_dim, kv_heads]``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import CODEBOOKS, CODECS, HEAD_SIZES, SCALE_RULES, unsupported_head_size
+from ..reference import CENTERS, CODECS, HEAD_SIZES, SCALE_RULES, unsupported_head_size
 from ..reference import TILE as TILE  # explicitly, for the other modules here
 
 PAGE_TILES = 4
@@ -26,98 +26,93 @@ LINE = 64
 KEY, VALUE = 0, 1
 
 RULES = tuple(SCALE_RULES)
+FIELDS = ((0, 0xFF), (8, 0xFF), (16, 0xFF), (24, 0xF), (28, 1))  # of a codec code: first bit, mask
+MEANS_PER_PAGE = {"none": 0, "mean": 1, "tile": PAGE_TILES}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Family(NamedTuple):
-    """A codec as the format defines it; ``levels``, ``unit`` and ``thresholds`` only where it is rotated."""
-
-    id: int
-    name: str
-    bits: int  # of a code; 0: exact
-    rotated: bool
-    scale_block: int  # values that share a scale; 0: all of a vector
-    levels: tuple[int, ...] = ()  # int8, ascending; code i stands for levels[i]
-    unit: float = 0.0  # level * unit approximates a centroid of N(0, 1)
-    thresholds: tuple[float, ...] = ()  # of the positive half, ascending, float32
-
-
-def _families() -> dict[int, Family]:
-    out = {0: Family(0, "exact", 0, False, 0)}
-    for name, codec in CODECS.items():
-        family = Family(codec.id, name, codec.bits, codec.rotated, codec.scale_block)
-        if codec.rotated:
-            book = CODEBOOKS[codec.bits]
-            levels, thresholds = tuple(book.levels.tolist()), tuple(book.thresholds.tolist())
-            family = family._replace(levels=levels, unit=book.unit, thresholds=thresholds)
-        out[codec.id] = family
-    return out
-
-
-FAMILIES = _families()
 
 
 class Codec(NamedTuple):
     """A codec code, taken apart."""
 
-    family: Family
-    rule: str  # "" unless rotated
+    name: str
+    rule: str  # "" unless it has scale rules
     dtype: torch.dtype  # of the elements of `exact`; float32 otherwise
+    center: str
+    search: bool
 
     @property
     def exact(self) -> bool:
-        return self.family.bits == 0
+        return self.name == "exact"
 
     @property
     def bits(self) -> int:
         """Bits of one code (of one element, if exact)."""
-        return self.dtype.itemsize * 8 if self.exact else self.family.bits
+        return self.dtype.itemsize * 8 if self.exact else CODECS[self.name].bits
 
     def scale_blocks(self, head_dim: int) -> int:
-        """Scales per token: 0 for exact, 1 for rotated codecs."""
-        if self.exact:
-            return 0
-        return -(-head_dim // self.family.scale_block) if self.family.scale_block else 1
+        """Scales per token: 0 for exact, 1 for codecs with one scale for the vector."""
+        return 0 if self.exact else CODECS[self.name].scales_of(head_dim)
 
 
 class Sections(NamedTuple):
-    """Sizes in bytes of the sections of one side of a tile."""
+    """Sizes in bytes of what belongs to one side of a tile or page.
+
+    scales, codes: of a tile. means: of a page, one KV head, `mean_count` of them.
+    """
 
     scales: int
-    mean: int
     codes: int
+    mean_count: int
+    means: int
 
     @property
     def total(self) -> int:
-        return self.scales + self.mean + self.codes
+        """Bytes of one side of a tile, without means."""
+        return self.scales + self.codes
 
 
 class Layout(NamedTuple):
-    """A layout list, taken apart. ``record`` and ``page`` are sizes in bytes."""
+    """A layout list, taken apart. ``record``, ``means``, ``head`` and ``page`` are sizes in bytes.
+
+    means: of one KV head in a page, with what fills them up. head: the part of a page of one KV head.
+    """
 
     codecs: tuple[Codec, Codec]
     head_dims: tuple[int, int]
     kv_heads: int
     sections: tuple[Sections, Sections]
     record: int
+    means: int
+    head: int
     page: int
+
+
+NAMES = {0: "exact"} | {codec.id: name for name, codec in CODECS.items()}
 
 
 @lru_cache(maxsize=256)
 def parse_code(code: int) -> Codec:
     """The codec of a codec code. ValueError if any of its fields is unknown or must be 0."""
-    family_id, rule, dtype = code & 0xFF, (code >> 8) & 0xFF, code >> 16
-    family = FAMILIES.get(family_id)
-    if code < 0 or family is None:
-        known = ", ".join(f"{f.id} ({f.name})" for f in FAMILIES.values())
-        raise ValueError(f"codec code {code:#x} names codec id {family_id}; allowed ids: {known}")
-    if rule >= (len(RULES) if family.rotated else 1):
-        allowed = ", ".join(f"{i} ({r})" for i, r in enumerate(RULES)) if family.rotated else "0"
-        raise ValueError(f"codec code {code:#x} has scale rule {rule}; allowed for {family.name}: {allowed}")
-    if dtype >= (len(DTYPES) if family.bits == 0 else 1):
-        allowed = ", ".join(f"{i} ({d})" for i, d in enumerate(DTYPES)) if family.bits == 0 else "0"
-        raise ValueError(f"codec code {code:#x} has dtype {dtype}; allowed for {family.name}: {allowed}")
-    return Codec(family, RULES[rule] if family.rotated else "", DTYPES[dtype])
+    number, rule, dtype, center, search = (code >> at & mask for at, mask in FIELDS)
+    name = NAMES.get(number)
+    if code < 0 or name is None:
+        known = ", ".join(f"{i} ({n})" for i, n in NAMES.items())
+        raise ValueError(f"codec code {code:#x} names codec id {number}; allowed ids: {known}")
+    codec = CODECS.get(name)
+    rules = RULES if codec is not None and codec.scale_rules else ()
+    fields = (
+        ("scale rule", rule, rules),
+        ("dtype", dtype, DTYPES if codec is None else ()),
+        ("center", center, CENTERS if codec is not None and codec.rotated else ()),
+        ("search", search, (False, True) if rules else ()),
+    )
+    for what, value, known_values in fields:
+        if value >= max(1, len(known_values)):
+            allowed = ", ".join(f"{i} ({x})" for i, x in enumerate(known_values)) or "0"
+            raise ValueError(f"codec code {code:#x} has {what} {value}; allowed for {name}: {allowed}")
+    if code >> 29:
+        raise ValueError(f"codec code {code:#x} has bits above the 28th; allowed: none")
+    return Codec(name, RULES[rule] if rules else "", DTYPES[dtype], CENTERS[center], bool(search))
 
 
 def check_head_dim(head_dim: int) -> int:
@@ -143,11 +138,19 @@ def check_dtype(dtype: torch.dtype, what: str) -> None:
 
 @lru_cache(maxsize=256)
 def sections(code: int, head_dim: int, side: int) -> Sections:
-    """Sizes in bytes of the sections of one side of a tile."""
+    """Sizes in bytes of what belongs to one side of a tile."""
     codec = parse_code(code)
     check_head_dim(head_dim)
     check_side(side)
-    return Sections(codec.scale_blocks(head_dim) * TILE * 2, 0, TILE * head_dim * codec.bits // 8)
+    means = MEANS_PER_PAGE[codec.center]
+    scales = codec.scale_blocks(head_dim) * TILE * 2
+    return Sections(scales, TILE * head_dim * codec.bits // 8, means, means * (head_dim + 2))
+
+
+def mean_count(code: int, tiles: int) -> int:
+    """How many means go with tiles standing alone."""
+    center = parse_code(code).center
+    return tiles if center == "tile" else -(-tiles // PAGE_TILES) if center == "mean" else 0
 
 
 @lru_cache(maxsize=256)
@@ -162,14 +165,10 @@ def _layout(values: tuple[int, ...]) -> Layout:
         raise ValueError(f"a layout has {kv_heads} KV heads; it needs at least 1")
     both = (sections(key_code, key_dim, KEY), sections(value_code, value_dim, VALUE))
     record = both[KEY].total + both[VALUE].total
-    return Layout(
-        (parse_code(key_code), parse_code(value_code)),
-        (key_dim, value_dim),
-        kv_heads,
-        both,
-        record,
-        kv_heads * PAGE_TILES * record,
-    )
+    means = -(-(both[KEY].means + both[VALUE].means) // LINE) * LINE
+    head = PAGE_TILES * record + means
+    codecs = (parse_code(key_code), parse_code(value_code))
+    return Layout(codecs, (key_dim, value_dim), kv_heads, both, record, means, head, kv_heads * head)
 
 
 def parse_layout(layout: Sequence[int]) -> Layout:

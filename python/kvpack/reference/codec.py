@@ -112,12 +112,14 @@ def encode(
     side: str = "key",
     center: str = "none",
     search: bool = False,
+    mean: U8 | None = None,
 ) -> U8:
-    """Canonical bytes of tokens: uint8 [..., ceil(tokens / 64), side_bytes]; see `encode_means` for the means.
+    """Canonical bytes of tokens: uint8 [..., ceil(tokens / 64), side_bytes].
 
     x: [..., tokens, d], float32 or float16; for `exact` also uint16, the bits of bfloat16 (its elements are
     kept as they are). The last tile is filled up with vectors of zeros.
-    scale, center, search: options of the codecs that have them, see `quantize`.
+    scale, center, search: options of the codecs that have them, see `quantize`. mean: what is subtracted, as
+    `encode_means` gives it; None: what it gives for x.
     ValueError for NaN and infinities, scales beyond fp16 (both name the token), unknown options and sizes.
     """
     check_side(side)
@@ -139,7 +141,8 @@ def encode(
             raise ValueError(f"x is {x.dtype}; exact keeps float32, float16, and uint16 for bfloat16")
         check_finite(x, side)
         return pack_elements(in_tiles(filled), side)
-    codes, scales = quantize(filled, name, scale, side, center, search)
+    found = None if mean is None else _split_means(mean)
+    codes, scales = quantize(filled, name, scale, side, center, search, found)
     codec = CODECS[name]
     packed = pack_codes(in_tiles(codes), codec.bits, side, codec.stream)
     return np.concatenate((pack_scales(in_tiles(scales)), packed), axis=-1)
@@ -152,6 +155,12 @@ def encode_means(x: NDArray[Any], name: str, center: str, side: str = "key") -> 
     levels, scales = means(np.asarray(x), name, center, side)
     tail = np.ascontiguousarray(scales.astype("<f2"))[..., None].view(np.uint8)
     return np.concatenate((levels.view(np.uint8), tail), axis=-1)
+
+
+def _split_means(mean: U8) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """uint8 [..., n, d + 2] -> levels int8 [..., n, d], scales float16 [..., n]."""
+    scales = np.ascontiguousarray(mean[..., -2:]).view("<f2")[..., 0]
+    return mean[..., :-2].view(np.int8), scales.astype(np.float16)
 
 
 def decode(
@@ -189,10 +198,7 @@ def decode(
         codes = unpack_codes(code_part, codec.bits, side, head_dim, codec.stream)
         scales = unpack_scales(packed[..., :scale_bytes])
         flat = (*lead, tiles * TILE)
-        found = None
-        if mean is not None and mean.shape[-2]:
-            step = np.ascontiguousarray(mean[..., head_dim:]).view("<f2")[..., 0].astype(np.float16)
-            found = mean[..., :head_dim].view(np.int8), step
+        found = None if mean is None else _split_means(mean)
         x = dequantize(codes.reshape(*flat, head_dim), scales.reshape(*flat, scales.shape[-1]), name, side, found)
     return x.reshape(*lead, tiles * TILE, head_dim)[..., :tokens, :]
 

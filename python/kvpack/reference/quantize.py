@@ -210,12 +210,13 @@ def quantize(
     side: str = "key",
     center: str = "none",
     search: bool = False,
+    mean: tuple[NDArray[np.int8], F16] | None = None,
 ) -> tuple[Codes, F16]:
     """Codes and scales of head vectors.
 
     x: float32 or float16 (widened exactly) [..., tokens, d], d one of HEAD_SIZES. name: of a codec in CODECS.
-    scale: a scale rule, for codecs that have them only; None is their default, "norm". center: see `means`.
-    search: of the encode scale, for codecs with scale rules.
+    scale: a scale rule, for codecs that have them only; None is their default, "norm". center: see `means`;
+    mean: what it gave, None: what it gives for x. search: of the encode scale, for codecs with scale rules.
     Returns codes uint8 [..., tokens, d] and scales float16 [..., tokens, scales of a vector]; fp16 is rounded
     to nearest even with denormals, so tiny vectors get scale 0 and decode to zeros. Where a tile is quantized as a
     whole (trellis codes of values, centring), a last tile is filled up with zeros, and `codes` has it whole.
@@ -233,9 +234,9 @@ def quantize(
     if x.size == 0:
         blocks = codec.scales_of(d)
         return np.zeros((*lead, tokens, d), np.uint8), np.zeros((*lead, tokens, blocks), np.float16)
-    found = means(x, name, center, side)
-    mean = None if center == "none" else _of_tiles(found, tiles, center)
-    codes, wide = codec.quantize(_tiles(x).astype(np.float32), side, rule, search, mean)
+    found = means(x, name, center, side) if mean is None else mean
+    of_tiles = None if center == "none" else _of_tiles(found, tiles, center)
+    codes, wide = codec.quantize(_tiles(x).astype(np.float32), side, rule, search, of_tiles)
     wide = wide.reshape(*lead, tiles * 64, -1)
     scales = _fp16(wide, lambda where: f"{side} {_token(where[:-1])}: the scale of {name},")
     codes = codes.reshape(*lead, tiles * 64, d)

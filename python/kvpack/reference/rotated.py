@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .normalise import lanes16_sum, normalise
-from .rotation import fwht, signs
+from .hadamard import hadamard_transform
+from .rotation import signs
 
 __all__ = ["GAINS", "SCALE_RULES", "Match", "Mean", "Rotated", "match", "mean_of", "squared_error", "to_rotated"]
 
@@ -54,14 +55,14 @@ def to_rotated(x: F32, mean: Mean | None) -> Rotated:
     if mean is None:
         scaled, e, live = normalise(x)
         n2 = np.where(live, lanes16_sum(scaled * scaled)[..., None], np.float32(1))
-        return Rotated(fwht(signs(d) * scaled), n2, np.sqrt(n2), e, live)
+        return Rotated(hadamard_transform(signs(d) * scaled), n2, np.sqrt(n2), e, live)
     step = mean[1].astype(np.float32)[:, None, None]
     # One power of two for the whole tile, so that its vectors and the mean are on one scale.
     peak = np.maximum(np.max(np.abs(x), axis=(1, 2), keepdims=True), step)
     e = np.frexp(np.where(peak == 0, np.float32(1), peak))[1] - np.int32(1)
     scaled = np.ldexp(x, -e)
     unit = np.ldexp(step, -e) * np.float32(np.sqrt(d))
-    y = fwht(signs(d) * scaled) - unit * mean[0].astype(np.float32)[:, None, :]
+    y = hadamard_transform(signs(d) * scaled) - unit * mean[0].astype(np.float32)[:, None, :]
     n2 = lanes16_sum(y * y)[..., None] * np.float32(1 / d)
     live = n2 > 0
     n2 = np.where(live, n2, np.float32(1))
@@ -83,7 +84,7 @@ def mean_of(x: F32) -> tuple[NDArray[np.int8], F32]:
     for t in range(x.shape[1]):
         total = total + scaled[:, t]
     share = np.float32(1) / np.maximum(tokens, 1).astype(np.float32)
-    y = fwht(signs(d) * (total * share[:, None]))
+    y = hadamard_transform(signs(d) * (total * share[:, None]))
     top = np.max(np.abs(y), axis=-1)
     live = live & (top >= np.float32(2.0**-100))
     step = np.where(live, top, np.float32(127)) / np.float32(127)
