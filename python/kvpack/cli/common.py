@@ -139,8 +139,17 @@ def output() -> Console:
 
 
 def codec_list(text: str) -> list[str]:
-    """Codecs separated by commas, as a list. ValueError if there is none."""
-    found = [part.strip() for part in text.split(",") if part.strip()]
+    """Codecs separated by commas, as a list; further options of a codec ("tq4:a=1,b=2") stay with it.
+
+    ValueError if there is none.
+    """
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, _ = part.partition("=")
+        if equals and ":" not in name and found:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
     if not found:
         raise ValueError("no codecs were named: like --codecs tq4,tq4/tq3 (kvpack codecs lists them)")
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import metrics
 from .attach import check_model
-from .cachespec import CacheSpec
+from .cachespec import CacheSpec, full_layers
 from .emulation import packed_tokens
 from .errors import NothingPackedError
 from .metrics import TokenScores
@@ -89,6 +89,9 @@ def check_packed(work: Task, spec: CacheSpec, mode: str, chunk: int) -> None:
     """
     if mode in ("fake", "emulated"):
         check_model(work.model)
+    if spec.policy is not None:
+        config = work.model.config
+        spec.policy.check(int(config.get_text_config(decoder=True).num_hidden_layers), full_layers(config))
     if mode == "fake":
         return
     last = max(Feed(work.prompt, chunk, work.first).calls(work.context - 1))[0]
@@ -196,6 +199,7 @@ def _setting(
         "value": spec.value_codec if spec else "",
         "window": 0 if spec is None or mode == "fake" else spec.window,
         "sinks": spec.sinks if spec else 0,
+        "policy": spec.policy.label if spec is not None and spec.policy is not None else "",
         "fused": spec.fused if spec is not None and mode in ("chunked", "stepwise") else False,
         "prompt": 0 if mode == "fake" else work.prompt,
         "chunk": chunk,
@@ -228,8 +232,9 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a model on windows of tokens, under a cache.
 
-    model, ids, prompt, skip: see `task`. cache: a dict of kvpack.Cache arguments, a CacheSpec, "tq4/tq3", a
-    function from config to cache, or None for the exact stock cache. mode, chunk: see `kvpack.eval.modes`.
+    model, ids, prompt, skip: see `task`. cache: a dict of kvpack.Cache arguments, a kvpack.Policy, a
+    CacheSpec, "tq4/tq3", a function from config to cache, or None for the exact stock cache. mode, chunk: see
+    `kvpack.eval.modes`.
 
     Raises NothingPackedError if no query attended to a token that went through the codec, EmulationError if
     the model's attention cannot be emulated, ValueError for what is not allowed.

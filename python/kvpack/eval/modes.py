@@ -111,9 +111,12 @@ class Run:
         if self.mode != EXACT:
             assert self.spec is not None
             rule = Rule(self.spec, self.mode == "fake", self.feed.prompt, self.feed.chunk)
-            emulator = Emulator(rule, full_layers(config))
-            if not emulator.layers:
+            full = full_layers(config)
+            if not full:
                 raise NothingPackedError(f"{type(self.model).__name__} has no full-attention layer to pack")
+            # Where a policy keeps a layer exact on both sides, the stock attention is as good, and faster.
+            coded = tuple(layer for layer in full if self.spec.codecs(layer) != ("exact", "exact"))
+            emulator = Emulator(rule, coded or full)
         yield from self._feed(dense, feed, start=dense.get_seq_length(), emulator=emulator)
         self.dense_bytes = dense_bytes(dense)
         if emulator is not None:

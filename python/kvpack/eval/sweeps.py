@@ -62,9 +62,16 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def grid(codecs: Iterable[str], windows: Iterable[int], sinks: int = 4, **options: Any) -> list[CacheSpec]:
-    """Every codec ("tq4" or "tq4/tq3") with every window, in this order."""
-    sizes = list(windows)
-    return [CacheSpec.parse(codec, window=window, sinks=sinks, **options) for codec in codecs for window in sizes]
+    """Every codec ("tq4" or "tq4/tq3") with every window, in this order; a policy (a preset's name, or the path of a
+    .json file) once, with its own window and sinks.
+    """
+    sizes, out = list(windows), []
+    for codec in codecs:
+        if CacheSpec.names_policy(codec):
+            out.append(CacheSpec.parse(codec, **options))
+        else:
+            out += [CacheSpec.parse(codec, window=window, sinks=sinks, **options) for window in sizes]
+    return out
 
 
 def sweep(
