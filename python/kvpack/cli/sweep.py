@@ -57,7 +57,7 @@ def sweep(
 ) -> None:
     """Measure every codec with every window. Rows are written as they finish; a rerun skips finished ones."""
     from kvpack import eval as measure
-    from kvpack.eval.cachespec import full_layers
+    from kvpack.eval.cachespec import full_layers, head_size
     from kvpack.eval.modes import check_mode
 
     check_mode(mode, chunk)
@@ -101,12 +101,6 @@ def sweep(
     console.print(f"rows: {out / 'rows.jsonl'}" + (f"   picture: {picture}" if drawn else ""), markup=False)
     if not drawn:
         console.print("no picture: pip install matplotlib")
-
-
-def head_size(config: object) -> int:
-    """Head size of a model's keys."""
-    text = config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def sweep_table(rows: list[Divergence], bits: list[float]) -> object:

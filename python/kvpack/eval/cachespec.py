@@ -189,6 +189,12 @@ def full_layers(config: Any) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
+def head_size(config: Any) -> int:
+    """Head size of a model's keys."""
+    text = config.get_text_config(decoder=True)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
 def fill(spec: CacheSpec, dense: Any, config: Any) -> Any:
     """A real cache holding the tokens of a stock one, as one prefill call would have left it.
 

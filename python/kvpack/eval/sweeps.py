@@ -33,11 +33,15 @@ def row_key(work: Task, spec: CacheSpec, mode: str, chunk: int) -> str:
     digest.update(json.dumps([said, spec.to_json()], default=str).encode())
     for ids in work.ids:
         digest.update(ids.numpy().tobytes() + b"|")
-    parameters = list(work.model.parameters())
-    for parameter in parameters[:: max(1, len(parameters) // 8)]:
-        # A few weights: a local path may hold another model tomorrow.
-        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    digest.update(fingerprint(work.model))
     return digest.hexdigest()[:16]
+
+
+def fingerprint(model: Any) -> bytes:
+    """A few of a model's weights: a local path may hold another model tomorrow."""
+    parameters = list(model.parameters())
+    chosen = parameters[:: max(1, len(parameters) // 8)]
+    return b"".join(p.detach().flatten()[:16].float().cpu().numpy().tobytes() for p in chosen)
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -54,7 +58,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cut_off = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
@@ -121,7 +125,7 @@ def sweep(
                 progress=progress,
             )
             if file:
-                _append(file, {"row": key, **result.to_json()})
+                append_row(file, {"row": key, **result.to_json()})
         results.append(result)
         if on_row:
             on_row(result, taken)
