@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     add("--window", type=int, default=128, help="newest tokens kept exact")
     add("--sinks", type=int, default=4, help="first tokens kept exact")
     add("--peers", default=",".join(one.name for one in PEERS), help="peers, or none")
-    add("--peer-windows", type=int, default=10, help="windows for the peers, which are slower")
+    add("--peer-windows", type=int, default=5, help="windows for the peers, which are slow (hqq most)")
     add("--prompt", type=int, default=256, help="peers: tokens of the first call")
     add("--chunk", type=int, default=32, help="peers: tokens of each further call")
     add("--chunked", default="", help="our codecs to run in the peers' own mode too")
@@ -86,9 +86,10 @@ def measure(study: Study, options: argparse.Namespace) -> None:
     peers = available([peer(name.strip()) for name in names], study.say)
     also = specs(options.chunked, options)
     feed = {"prompt": options.prompt, "chunk": options.chunk}
-    study.held(found[0], [*ours, *peers], **feed)
-    study.windows(SHORT, found, ours, first=max(length // 4, options.prompt))
+    study.held(found[0], [*ours, *also], **feed)
     first = max(length // 4, options.prompt)
+    study.windows(SHORT, found, ours, first=first)
+    study.held(found[0], peers, **feed)
     study.windows(PEER, found[: options.peer_windows], [*peers, *also], "chunked", first=first, **feed)
     anchored = specs(options.anchor, options)
     if anchored:

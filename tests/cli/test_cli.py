@@ -264,3 +264,16 @@ def test_formats() -> None:
         "-",
     ]
     assert int_list("1, 2,", "n") == [1, 2]
+
+
+def test_allocate_writes_a_policy(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "p.json"
+    arguments = ["allocate", *SMALL[:2], "--length", "260", "--count", "1", "--window", "20", "--output", str(path)]
+    found = run_json(*arguments, "--verify-text", "topics", "--verify-length", "260", "--verify-count", "1")
+    assert kvpack.Policy.load(path) == kvpack.Policy.from_json(found["policy"])
+    assert found["bits"] <= 3.25
+    assert found["verified"]["ratio"]["value"] > 0
+    said = run(*arguments, "--ladder", "tq2,tq4:scale=mse,q8_0", "--bits", "5", "--name", "mine").stdout
+    assert "predicted  x" in said
+    assert kvpack.Policy.load(path).name == "mine"
+    assert run(*arguments, "--bits", "1").exit_code == 2

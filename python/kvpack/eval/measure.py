@@ -14,7 +14,7 @@ from torch import Tensor
 from . import metrics
 from .attach import check_model
 from .cachespec import CacheSpec, full_layers
-from .emulation import packed_tokens
+from .emulation import TILE, packed_tokens
 from .errors import NothingPackedError
 from .metrics import TokenScores
 from .models import LoadedModel
@@ -43,9 +43,18 @@ class Task:
     def tokens(self) -> int:
         return sum(len(ids) - 1 - self.first for ids in self.ids)
 
-    def reference(self, budget: int = 2 << 30) -> Reference:
-        """The exact model on these windows; pass it to several `divergence` calls to compute it once."""
-        return Reference(self.model, self.ids, self.prompt, self.first, budget)
+    def reference(self, budget: int = 2 << 30, *, shared: int = 0) -> Reference:
+        """The exact model on these windows; pass it to several `divergence` calls to compute it once.
+
+        shared: so many first tokens are run once for all emulated caches, see `common_start`.
+        """
+        return Reference(self.model, self.ids, self.prompt, self.first, budget, shared)
+
+    def common_start(self, specs: Iterable[CacheSpec], mode: str) -> int:
+        """Tokens before which none of these caches has packed anything, and none are scored; 0 unless emulated."""
+        if mode != "emulated" or self.prompt:
+            return 0
+        return min([self.first, *(spec.sinks + spec.window + TILE for spec in specs)])
 
 
 def task(

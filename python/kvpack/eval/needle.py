@@ -1,7 +1,7 @@
 """A passkey in a long text: can the model still say it when what lies far back is packed?
 
-A sentence with a number stands at a certain depth of a text of some thousand tokens; then the model is asked for it, and
-generates greedily. The prompt is run once, over the stock cache, and every packed cache is filled from its keys
+A sentence with a number stands at a certain depth of a text of some thousand tokens; then the model is asked for it,
+and generates greedily. The prompt is run once, over the stock cache, and every packed cache is filled from its keys
 and values, as one prefill call would have left it; generation goes through the model's own `generate`.
 
 Source: Mohtashami and Jaggi, arXiv 2305.16300, section 4.2 (passkey retrieval).

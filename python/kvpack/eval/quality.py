@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .cachespec import CacheSpec, dense_bytes, fill, full_layers, head_size
-from .emulation import TILE
 from .measure import Task, _check_read, _paired, _score, check_packed, task
 from .models import LoadedModel, Tokenizer, quiet
 from .modes import EXACT, Feed, Reference, Run
@@ -55,8 +54,9 @@ def samples(texts: Sequence[Text], tokenizer: Tokenizer, length: int, windows: i
     quarters where there are two). The first window of every place comes first, then the second, ...
     """
     if not 1 <= len(texts) <= places <= windows:
-        raise ValueError(f"{windows} windows from {places} places of {len(texts)} texts: allowed are texts <= places <= "
-                         "windows")  # fmt: skip
+        raise ValueError(
+            f"{windows} windows from {places} places of {len(texts)} texts: allowed are texts <= places <= windows"
+        )
     later = max(1, places // (2 * len(texts))) if len(texts) > 1 else 0
     shares = [places - later * (len(texts) - 1), *[later] * (len(texts) - 1)]
     counts = [windows // places + (i < windows % places) for i in range(places)]
@@ -129,7 +129,8 @@ class Study:
             if not wanted:
                 continue
             work = task(self.loaded, [sample.ids], prompt=prompt, skip=first)
-            reference = Reference(work.model, work.ids, prompt, first, shared=self._shared(caches, mode, prompt, first))
+            ours = [cache for cache in caches if isinstance(cache, CacheSpec)]
+            reference = work.reference(shared=work.common_start(ours, mode))
             for cache, own, key in wanted:
                 self.check_time()
                 began = time.perf_counter()
@@ -142,13 +143,6 @@ class Study:
                 self.store.add({"key": key, **said, **line, "seconds": seconds})
                 self.say(f"{study} {number + 1}/{len(found)} {own} {said['label']}: "
                          f"KLD {line['mean']:.5f}, {seconds:.1f} s")  # fmt: skip
-
-    def _shared(self, caches: Sequence[CacheSpec | Peer], mode: str, prompt: int, first: int) -> int:
-        """Tokens before which no cache of an emulated run has packed anything."""
-        if mode != "emulated" or prompt:
-            return 0
-        packs = [spec.sinks + spec.window + TILE for spec in caches if isinstance(spec, CacheSpec)]
-        return min([first, *packs])
 
     @torch.no_grad()
     def _window(self, work: Task, cache: CacheSpec | Peer, mode: str, feed: Feed, reference: Reference) -> Line:
@@ -204,6 +198,7 @@ class Study:
             if key in self.store:
                 continue
             self.check_time()
+            self.say(f"bytes of {cache.name if isinstance(cache, Peer) else cache.label}")
             dense = self._sixteen(sample)
             if isinstance(cache, Peer):
                 size = held_bytes(fill_peer(cache, dense, self.model.config, prompt, chunk))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ class Report:
 
     def _cells(self, found: Mapping[str, Any]) -> str:
         return (
-            f"| {found['windows']} | {number(found['ppl'])} | {kld(found['kld'])} | {figure(found['kld_median'].value)} "
-            f"| {figure(found['kld_p99'].value)} | {percent(found['top1'])} |"
+            f"| {found['windows']} | {number(found['ppl'])} | {kld(found['kld'])} "
+            f"| {figure(found['kld_median'].value)} | {figure(found['kld_p99'].value)} | {percent(found['top1'])} |"
         )
 
     def _peers(self) -> str:
@@ -119,8 +120,8 @@ class Report:
             return ""
         some = found["stepwise"][labels[0]][0]
         rows = [
-            f"**Anchor**: the same tokens, token by token through the fused kernel (`stepwise`) and in mode `emulated`, "
-            f"after a first call of {some['prompt']} tokens.",
+            f"**Anchor**: the same tokens, token by token through the fused kernel (`stepwise`) and in mode "
+            f"`emulated`, after a first call of {some['prompt']} tokens.",
             "",
             "| codec | tokens | KLD stepwise | KLD emulated | top-1 % stepwise | emulated |",
             "|---|---|---|---|---|---|",
@@ -149,11 +150,11 @@ class Report:
             edges = [some["first"]]
             while edges[-1] < length:
                 edges.append(min(length, 1 << edges[-1].bit_length()))
-            spans = [f"{a} to {b - 1}" for a, b in zip(edges, edges[1:], strict=False)]
+            spans = [f"{a} to {b - 1}" for a, b in pairwise(edges)]
             count = max(map(len, found.values()))
             rows = [
-                f"**Long windows**: {length} tokens, {count} windows, mode `{some['mode']}`; mean KLD by the position of "
-                "the query.",
+                f"**Long windows**: {length} tokens, {count} windows, mode `{some['mode']}`; mean KLD by the position "
+                "of the query.",
                 "",
                 f"| codec | {' | '.join(spans)} |",
                 "|---" * (len(spans) + 1) + "|",

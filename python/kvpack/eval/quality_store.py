@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def by_position(lines: list[Line], exact: dict[str, Line], edges: list[int]) -> 
     """Mean KLD of the scored tokens at positions edges[i] .. edges[i+1]-1; None where there are none."""
     found, position = scores(lines, exact)
     out: list[metrics.Interval | None] = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         here = (position >= low) & (position < high)
         if not here.any():
             out.append(None)

@@ -110,7 +110,7 @@ def sweep(
         if key in done:
             result, taken = divergence_from(done[key]), True
         else:
-            reference = reference or work.reference()
+            reference = reference or work.reference(shared=work.common_start(specs, mode))
             taken = False
             result = divergence(
                 model,
