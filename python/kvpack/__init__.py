@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvpack import isa, spec
 from kvpack._version import __version__
 from kvpack.codec import Codec, Packed, build_info, codec, codecs
+from kvpack.policy import Policy
 
 if TYPE_CHECKING:
     from kvpack import eval, ops
@@ -21,6 +22,7 @@ __all__ = [
     "Cache",
     "Codec",
     "Packed",
+    "Policy",
     "__version__",
     "build_info",
     "codec",

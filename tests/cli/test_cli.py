@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import kvpack
 from kvpack.cli.app import app
-from kvpack.cli.common import figure, int_list, size
+from kvpack.cli.common import codec_list, figure, int_list, size
 from kvpack.eval import bench as benches
 
 SMALL = ["--model", "random", "--length", "260", "--count", "2", "--window", "20"]
@@ -132,6 +132,38 @@ def test_doctor_explains_a_models_layers(tmp_path: Path) -> None:
     assert "sliding_attention" in run("doctor", "--model", str(tmp_path / "gemma")).stdout
 
 
+def test_doctor_shows_the_codecs_of_layers(tmp_path: Path) -> None:
+    import transformers
+
+    small = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1)
+    transformers.LlamaConfig(**small, head_dim=64, num_hidden_layers=3).save_pretrained(tmp_path / "llama")
+    kvpack.Policy("tq4", "tq3", {1: ("tq2", "tq2")}).save(tmp_path / "p.json")
+    arguments = ["doctor", "--model", str(tmp_path / "llama"), "--codec", str(tmp_path / "p.json")]
+    found = json.loads(run(*arguments, "--json").stdout)["model"]
+    assert [layer["codecs"] for layer in found["layers"]] == ["tq4/tq3", "tq2", "tq4/tq3"]
+    assert "tq4/tq3 (2 layers), tq2/tq2 (1 layer)" in found["verdict"]
+    assert "tq4/tq3" in run(*arguments).stdout
+
+
+def test_ppl_and_sweep_take_policies(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    kvpack.Policy("tq4", "tq3", {1: ("tq2", "tq2")}, window=20).save(path)
+    assert run_json("ppl", str(path), *SMALL[:-2])["policy"] == "tq4/tq3 +1 layer"
+    codecs = f"{path},tq4:scale=mse"
+    rows = run_json("sweep", *SMALL[:-2], "--codecs", codecs, "--windows", "10", "--out", str(tmp_path))["rows"]
+    assert [row["label"] for row in rows] == ["tq4/tq3 +1 layer", "tq4:scale=mse"]
+    assert run("ppl", "small", *SMALL).exit_code == 2
+
+
+def test_codec_lists_keep_options_together() -> None:
+    assert codec_list("tq4:scale=mse,tq3, tq2:a=1,b=2/tq4:scale=mse,c=3 ,x") == [
+        "tq4:scale=mse",
+        "tq3",
+        "tq2:a=1,b=2/tq4:scale=mse,c=3",
+        "x",
+    ]
+
+
 def test_demo_falls_back_to_random_weights_and_says_so() -> None:
     result = run("demo", "--quick")
     assert result.exit_code == 0, result.output
@@ -232,3 +264,16 @@ def test_formats() -> None:
         "-",
     ]
     assert int_list("1, 2,", "n") == [1, 2]
+
+
+def test_allocate_writes_a_policy(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "p.json"
+    arguments = ["allocate", *SMALL[:2], "--length", "260", "--count", "1", "--window", "20", "--output", str(path)]
+    found = run_json(*arguments, "--verify-text", "topics", "--verify-length", "260", "--verify-count", "1")
+    assert kvpack.Policy.load(path) == kvpack.Policy.from_json(found["policy"])
+    assert found["bits"] <= 3.25
+    assert found["verified"]["ratio"]["value"] > 0
+    said = run(*arguments, "--ladder", "tq2,tq4:scale=mse,q8_0", "--bits", "5", "--name", "mine").stdout
+    assert "predicted  x" in said
+    assert kvpack.Policy.load(path).name == "mine"
+    assert run(*arguments, "--bits", "1").exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvpack.eval import CacheSpec, EmulationError, NothingPackedError, agreement, divergence, perplexity
+from kvpack import Policy
+from kvpack.eval import (
+    CacheSpec,
+    EmulationError,
+    NothingPackedError,
+    agreement,
+    divergence,
+    grid,
+    perplexity,
+    sweep,
+)
 from kvpack.eval.attach import emulating
 from kvpack.eval.emulation import Emulator, Rule, packed_tokens, roundtrip, softmax_attention
 from kvpack.eval.models import LoadedModel, cast_parameters, random_model
@@ -104,6 +115,53 @@ def test_stepwise_chunked_and_emulated_agree_in_float64(tiny64: LoadedModel, ids
         assert rows[mode][1] == read == 259 - (4 + 20 + 64)
     exact, _ = all_rows(model, ids[0], None, EXACT, Feed(0, 1, 40))
     assert (exact - a).abs().max() > 1e-3  # the codec did something
+
+
+@pytest.mark.parametrize("exact_layer", [None, 0, 1])
+def test_policies_agree_in_float64(tiny64: LoadedModel, ids: Tensor, exact_layer: int | None) -> None:
+    """Codecs by layer, also where one layer is exact and the emulation leaves it to the stock attention."""
+    layers = {1: ("tq2", "q4_0")} if exact_layer is None else {exact_layer: ("exact", "exact")}
+    policy = Policy("tq3", "tq4", layers, window=20)
+    # The packed path has no float64 `exact`: the cache keeps that layer in q8_0, and emulation is told so too.
+    real = policy if exact_layer is None else Policy("tq3", "tq4", {exact_layer: ("q8_0", "q8_0")}, window=20)
+    stepwise, read = all_rows(tiny64.model, ids[0], CacheSpec(policy=real, fused=False), "stepwise", Feed(0, 1, 40))
+    emulated, same = all_rows(tiny64.model, ids[0], CacheSpec(policy=real), "emulated", Feed(0, 1, 40))
+    assert (stepwise - emulated).abs().max() < 1e-6
+    assert read == same == 259 - (4 + 20 + 64)
+    partly, same = all_rows(tiny64.model, ids[0], CacheSpec(policy=policy), "emulated", Feed(0, 1, 40))
+    assert read == same
+    uniform, _ = all_rows(tiny64.model, ids[0], CacheSpec("tq3", "tq4", window=20), "emulated", Feed(0, 1, 40))
+    assert (partly - uniform).abs().max() > 1e-4
+    if exact_layer is not None:  # q8_0 is nearly exact, so leaving a layer exact comes close to it
+        assert (partly - emulated).abs().mean() < 0.2 * (partly - uniform).abs().mean()
+
+
+def test_everything_that_takes_codecs_takes_policies(tiny: LoadedModel, ids: Tensor, tmp_path: Path) -> None:
+    policy = Policy("tq4", "tq3", {1: ("tq2", "tq2")}, window=20)
+    policy.save(tmp_path / "p.json")
+    said: list[Any] = [policy, str(tmp_path / "p.json"), {"policy": policy}, CacheSpec(policy=policy)]
+    assert {CacheSpec.of(cache) for cache in said} == {CacheSpec(policy=policy)}
+    results = [divergence(tiny, ids, policy, mode) for mode in ("fake", "emulated", "chunked")]
+    assert {(r.label, r.policy, r.sinks) for r in results} == {("tq4/tq3 +1 layer",) * 2 + (4,)}
+    assert [r.window for r in results] == [0, 20, 20]
+    assert results[1].cache_bytes is not None
+    assert agreement(tiny, ids[0], policy, "emulated", "chunked", chunk=8).share < 0.1
+    rows = sweep(tiny, ids, [policy, "tq4"], path=tmp_path / "rows.jsonl", skip=220)
+    assert sweep(tiny, ids, [policy, "tq4"], path=tmp_path / "rows.jsonl", skip=220) == rows
+    assert [spec.label for spec in grid(["small", "tq4:scale=mse"], [0, 1])] == ["small", *["tq4:scale=mse"] * 2]
+    assert CacheSpec(policy=policy).bits(64, layers=2) == (4.25 + 3.25 + 2.25 + 2.25) / 4
+    with pytest.raises(ValueError, match="say which"):
+        CacheSpec(policy=policy).bits(64)
+
+
+def test_a_policy_and_what_it_decides(tiny: LoadedModel, ids: Tensor) -> None:
+    with pytest.raises(ValueError, match="key='tq4' and policy='small' exclude each other"):
+        CacheSpec.of({"key": "tq4", "policy": "small"})
+    with pytest.raises(ValueError, match="window=20 and policy 'small' exclude each other"):
+        CacheSpec.parse("small", window=20)
+    for mode in ("fake", "emulated", "chunked"):
+        with pytest.raises(ValueError, match="names layer 2, but the model has 2"):
+            divergence(tiny, ids, Policy("tq4", layers={2: ("tq3", "tq3")}, window=20), mode)
 
 
 @pytest.mark.parametrize(("prompt", "chunk"), [(0, 33), (100, 1), (70, 10)])

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, codecs, demo, doctor, ppl, sweep
+from . import allocate, bench, codecs, demo, doctor, ppl, sweep
 from .common import command
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ for _name, _function in (
     ("demo", demo.demo),
     ("ppl", ppl.ppl),
     ("sweep", sweep.sweep),
+    ("allocate", allocate.allocate),
     ("bench", bench.bench),
     ("codecs", codecs.codecs),
     ("doctor", doctor.doctor),

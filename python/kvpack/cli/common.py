@@ -19,7 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvpack.eval.errors import MeasureError, ModelUnavailableError, NothingPackedError, TextUnavailableError
-from kvpack.eval.metrics import Interval, jsonable
+from kvpack.eval.formats import figure as figure
+from kvpack.eval.formats import kld as kld
+from kvpack.eval.formats import number as number
+from kvpack.eval.formats import percent as percent
+from kvpack.eval.metrics import jsonable
 
 FAILED, BAD_VALUE, UNAVAILABLE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -139,8 +143,17 @@ def output() -> Console:
 
 
 def codec_list(text: str) -> list[str]:
-    """Codecs separated by commas, as a list. ValueError if there is none."""
-    found = [part.strip() for part in text.split(",") if part.strip()]
+    """Codecs separated by commas, as a list; further options of a codec ("tq4:a=1,b=2") stay with it.
+
+    ValueError if there is none.
+    """
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, _ = part.partition("=")
+        if equals and ":" not in name and found:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
     if not found:
         raise ValueError("no codecs were named: like --codecs tq4,tq4/tq3 (kvpack codecs lists them)")
     return found
@@ -168,31 +181,3 @@ def size(count: float | None) -> str:
             break
         count, unit = count / 1024, larger
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-
-
-def figure(x: float, digits: int = 2) -> str:
-    """`digits` significant digits without an exponent."""
-    if x != x:
-        return "-"
-    if x == 0:
-        return "0"
-    return f"{float(f'{x:.{digits}g}'):f}".rstrip("0").rstrip(".") if abs(x) < 1e15 else f"{x:.1e}"
-
-
-def _with(value: str, half: float, reach: str) -> str:
-    return value if half != half else f"{value} ± {reach}"
-
-
-def kld(interval: Interval) -> str:
-    """A divergence with half its interval, if it has one."""
-    return _with(figure(interval.value), interval.half, figure(interval.half, 1))
-
-
-def percent(interval: Interval) -> str:
-    """A share as a percentage, with half its interval."""
-    return _with(f"{interval.value * 100:.1f}", interval.half, f"{interval.half * 100:.1f}")
-
-
-def number(interval: Interval, digits: int = 2) -> str:
-    """A figure with half its interval, both to so many decimals."""
-    return _with(f"{interval.value:.{digits}f}", interval.half, f"{interval.half:.{digits}f}")

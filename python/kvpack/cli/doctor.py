@@ -7,11 +7,14 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import DebugOption, JsonOption, output, print_json
+
+if TYPE_CHECKING:
+    from kvpack.eval.cachespec import CacheSpec
 
 PACKAGES = (
     "numpy",
@@ -73,11 +76,14 @@ def findings() -> dict[str, Any]:
     return found
 
 
-def layers_of(config: Any) -> list[dict[str, Any]]:
-    """Per layer: its type, whether it is packed and why not, and its head sizes where the config tells them."""
+def layers_of(config: Any, spec: CacheSpec) -> list[dict[str, Any]]:
+    """Per layer: its type, whether it is packed and with which codecs, why not, and its head sizes where the config
+    tells them.
+    """
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     from kvpack.eval.cachespec import full_layers
+    from kvpack.policy import pair_label
 
     text = config.get_text_config(decoder=True)
     types, _ = get_layer_types_and_kwargs(text)
@@ -91,7 +97,7 @@ def layers_of(config: Any) -> list[dict[str, Any]]:
         if index not in packed:
             why = "MLA latents (kv_lora_rank)" if kind == "full_attention" else f"{kind}: only full attention is packed"
         elif head_dim is not None:
-            trouble = _head_size_trouble(int(head_dim))
+            trouble = _head_size_trouble(int(head_dim), spec.codecs(index))
             if trouble:
                 packed.discard(index)
                 why = trouble
@@ -102,27 +108,31 @@ def layers_of(config: Any) -> list[dict[str, Any]]:
                 "head_dim": head_dim,
                 "kv_heads": getattr(own, "num_key_value_heads", None) or heads,
                 "packed": index in packed,
+                "codecs": pair_label(*spec.codecs(index)) if index in packed else "",
                 "why": why,
             }
         )
     return out
 
 
-def _head_size_trouble(head_dim: int) -> str | None:
+def _head_size_trouble(head_dim: int, codecs: tuple[str, str]) -> str | None:
     import kvpack
 
     try:
-        kvpack.codec("tq4", head_dim=head_dim, side="key")
+        for codec, side in zip(codecs, kvpack.spec.SIDES, strict=True):
+            kvpack.codec(codec, head_dim=head_dim, side=side)
     except ValueError as error:
         return str(error)
     return None
 
 
-def model_findings(name: str) -> dict[str, Any]:
-    """What a model's cache would be made of; reads its config only (hub ids: the local cache, then the hub)."""
+def model_findings(name: str, codec: str = "tq4") -> dict[str, Any]:
+    """What a model's cache would be made of with these codecs or this policy; reads its config only (hub ids: the
+    local cache, then the hub).
+    """
     from transformers import AutoConfig
 
-    from kvpack.eval import ModelUnavailableError
+    from kvpack.eval import CacheSpec, ModelUnavailableError
     from kvpack.eval.default_model import default_model_path, default_model_ready
 
     source = name
@@ -135,22 +145,21 @@ def model_findings(name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelUnavailableError(f"the config of {name!r} cannot be read: {first}") from error
-    found: dict[str, Any] = {"name": name, "type": config.model_type, "layers": layers_of(config)}
+    spec = CacheSpec.parse(codec)
+    found: dict[str, Any] = {"name": name, "type": config.model_type, "layers": layers_of(config, spec)}
     found["encoder_decoder"] = bool(getattr(config, "is_encoder_decoder", False))
-    found["verdict"] = _verdict(config)
+    found["verdict"] = _verdict(config, spec)
     return found
 
 
-def _verdict(config: Any) -> str:
+def _verdict(config: Any, spec: CacheSpec) -> str:
     """What kvpack.Cache itself says to this config."""
     import warnings
-
-    import kvpack
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return repr(kvpack.Cache(config))
+            return repr(spec.build(config))
         except ValueError as error:
             return f"refused: {error}"
 
@@ -159,13 +168,16 @@ def doctor(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Also say which layers of this model would be packed.")
     ] = None,
+    codec: Annotated[
+        str, typer.Option("--codec", "-c", help="With --model: codec, KEY/VALUE codecs, a preset or a policy.json.")
+    ] = "tq4",
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Check the installation, and what a model's cache would look like."""
     found = findings()
     if model is not None:
-        found["model"] = model_findings(model)
+        found["model"] = model_findings(model, codec)
     healthy = found["native_operators"] is not False
     if json:
         print_json({**found, "healthy": healthy})
@@ -208,7 +220,7 @@ def _show(found: dict[str, Any]) -> None:
     info = found["model"]
     console.print(f"\n{info['name']} ({info['type']}): {info['verdict']}", markup=False)
     layers = Table()
-    for name in ("layers", "type", "KV heads", "head size", "packed", "why"):
+    for name in ("layers", "type", "KV heads", "head size", "packed", "codecs", "why"):
         layers.add_column(name)
     for first, last, layer in _runs(info["layers"]):
         span = str(first) if first == last else f"{first}-{last}"
@@ -217,6 +229,7 @@ def _show(found: dict[str, Any]) -> None:
             layer["kv_heads"],
             layer["head_dim"],
             "yes" if layer["packed"] else "no",
+            layer["codecs"],
             layer["why"],
         )
         layers.add_row(span, *(str(value) for value in values))

@@ -34,7 +34,9 @@ from .common import (
 def ppl(
     codec: Annotated[
         str | None,
-        typer.Argument(help="Codec, or KEY/VALUE codecs like tq4/tq3; without: the exact cache alone."),
+        typer.Argument(
+            help="Codec, KEY/VALUE codecs like tq4/tq3, a preset or a policy.json; without: the exact cache alone."
+        ),
     ] = None,
     model: ModelOption = "default",
     text: TextOption = "topics",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def sweep(
     codecs: Annotated[
-        str, typer.Option("--codecs", "-c", help="CODEC or KEY/VALUE, separated by commas.")
+        str, typer.Option("--codecs", "-c", help="CODEC, KEY/VALUE, preset or policy.json, separated by commas.")
     ] = "q8_0,q4_0,tq4,tq4/tq3,tq3,tq2",
     windows: Annotated[str, typer.Option("--windows", help="Window sizes, separated by commas.")] = "0,128",
     model: ModelOption = "default",
@@ -57,6 +57,7 @@ def sweep(
 ) -> None:
     """Measure every codec with every window. Rows are written as they finish; a rerun skips finished ones."""
     from kvpack import eval as measure
+    from kvpack.eval.cachespec import full_layers, head_size
     from kvpack.eval.modes import check_mode
 
     check_mode(mode, chunk)
@@ -85,7 +86,8 @@ def sweep(
             on_row=on_row,
         )
     head_dim = head_size(loaded.model.config)
-    bits = [spec.bits(head_dim) for spec in specs]
+    packed = full_layers(loaded.model.config)
+    bits = [spec.bits(head_dim, layers=packed) for spec in specs]
     picture = out / "pareto.png"
     drawn = draw_pareto(rows, bits, picture)
     if json:
@@ -99,12 +101,6 @@ def sweep(
     console.print(f"rows: {out / 'rows.jsonl'}" + (f"   picture: {picture}" if drawn else ""), markup=False)
     if not drawn:
         console.print("no picture: pip install matplotlib")
-
-
-def head_size(config: object) -> int:
-    """Head size of a model's keys."""
-    text = config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def sweep_table(rows: list[Divergence], bits: list[float]) -> object:

@@ -112,9 +112,10 @@ class Emulator:
         if held.tokens < tokens:
             whole = held.tokens // TILE * TILE
             here = slice(spec.sinks + whole, spec.sinks + tokens)
+            key_codec, value_codec = spec.codecs(layer)
             fresh = [
-                roundtrip(key[:, :, here], spec.key, "key"),
-                roundtrip(value[:, :, here], spec.value_codec, "value"),
+                roundtrip(key[:, :, here], key_codec, "key"),
+                roundtrip(value[:, :, here], value_codec, "value"),
             ]
             if whole:
                 fresh = [torch.cat([a[:, :, :whole], b], dim=2) for a, b in zip(held.sides, fresh, strict=True)]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import metrics
 from .attach import check_model
-from .cachespec import CacheSpec
-from .emulation import packed_tokens
+from .cachespec import CacheSpec, full_layers
+from .emulation import TILE, packed_tokens
 from .errors import NothingPackedError
 from .metrics import TokenScores
 from .models import LoadedModel
@@ -43,9 +43,18 @@ class Task:
     def tokens(self) -> int:
         return sum(len(ids) - 1 - self.first for ids in self.ids)
 
-    def reference(self, budget: int = 2 << 30) -> Reference:
-        """The exact model on these windows; pass it to several `divergence` calls to compute it once."""
-        return Reference(self.model, self.ids, self.prompt, self.first, budget)
+    def reference(self, budget: int = 2 << 30, *, shared: int = 0) -> Reference:
+        """The exact model on these windows; pass it to several `divergence` calls to compute it once.
+
+        shared: so many first tokens are run once for all emulated caches, see `common_start`.
+        """
+        return Reference(self.model, self.ids, self.prompt, self.first, budget, shared)
+
+    def common_start(self, specs: Iterable[CacheSpec], mode: str) -> int:
+        """Tokens before which none of these caches has packed anything, and none are scored; 0 unless emulated."""
+        if mode != "emulated" or self.prompt:
+            return 0
+        return min([self.first, *(spec.sinks + spec.window + TILE for spec in specs)])
 
 
 def task(
@@ -89,6 +98,9 @@ def check_packed(work: Task, spec: CacheSpec, mode: str, chunk: int) -> None:
     """
     if mode in ("fake", "emulated"):
         check_model(work.model)
+    if spec.policy is not None:
+        config = work.model.config
+        spec.policy.check(int(config.get_text_config(decoder=True).num_hidden_layers), full_layers(config))
     if mode == "fake":
         return
     last = max(Feed(work.prompt, chunk, work.first).calls(work.context - 1))[0]
@@ -196,6 +208,7 @@ def _setting(
         "value": spec.value_codec if spec else "",
         "window": 0 if spec is None or mode == "fake" else spec.window,
         "sinks": spec.sinks if spec else 0,
+        "policy": spec.policy.label if spec is not None and spec.policy is not None else "",
         "fused": spec.fused if spec is not None and mode in ("chunked", "stepwise") else False,
         "prompt": 0 if mode == "fake" else work.prompt,
         "chunk": chunk,
@@ -228,8 +241,9 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a model on windows of tokens, under a cache.
 
-    model, ids, prompt, skip: see `task`. cache: a dict of kvpack.Cache arguments, a CacheSpec, "tq4/tq3", a
-    function from config to cache, or None for the exact stock cache. mode, chunk: see `kvpack.eval.modes`.
+    model, ids, prompt, skip: see `task`. cache: a dict of kvpack.Cache arguments, a kvpack.Policy, a
+    CacheSpec, "tq4/tq3", a function from config to cache, or None for the exact stock cache. mode, chunk: see
+    `kvpack.eval.modes`.
 
     Raises NothingPackedError if no query attended to a token that went through the codec, EmulationError if
     the model's attention cannot be emulated, ValueError for what is not allowed.

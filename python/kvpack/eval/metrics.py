@@ -123,6 +123,13 @@ def mean_interval(x: F64, groups: Clusters, confidence: float = 0.95) -> Interva
     return Interval(mean, mean - reach, mean + reach)
 
 
+def ratio_interval(x: F64, y: F64, groups: Clusters, confidence: float = 0.95) -> Interval:
+    """mean(x) / mean(y) of paired figures, its interval by linearization: of x - ratio y, over mean(y)."""
+    ratio = float(x.mean() / y.mean())
+    half = mean_interval((x - ratio * y) / y.mean(), groups, confidence).half
+    return Interval(ratio, ratio - half, ratio + half)
+
+
 def share_interval(same: NDArray[np.bool_], groups: Clusters, confidence: float = 0.95) -> Interval:
     """A share of tokens, 0..1: Wilson interval at the effective number of tokens."""
     x = same.astype(np.float64)

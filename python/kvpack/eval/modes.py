@@ -105,15 +105,20 @@ class Run:
     def _one_pass(self) -> Iterator[Tensor]:
         config, emulator = self.model.config, None
         dense = dense_cache(config)
-        feed = Feed(self.feed.prompt, BLOCK, self.feed.first)
+        begin = self.feed.prompt
         if self.prefix is not None:
             dense = copy.deepcopy(self.prefix)
+            begin = dense.get_seq_length()
+        feed = Feed(begin, BLOCK, self.feed.first)
         if self.mode != EXACT:
             assert self.spec is not None
             rule = Rule(self.spec, self.mode == "fake", self.feed.prompt, self.feed.chunk)
-            emulator = Emulator(rule, full_layers(config))
-            if not emulator.layers:
+            full = full_layers(config)
+            if not full:
                 raise NothingPackedError(f"{type(self.model).__name__} has no full-attention layer to pack")
+            # Where a policy keeps a layer exact on both sides, the stock attention is as good, and faster.
+            coded = tuple(layer for layer in full if self.spec.codecs(layer) != ("exact", "exact"))
+            emulator = Emulator(rule, coded or full)
         yield from self._feed(dense, feed, start=dense.get_seq_length(), emulator=emulator)
         self.dense_bytes = dense_bytes(dense)
         if emulator is not None:
@@ -185,11 +190,16 @@ def rows(blocks: Iterator[Tensor]) -> Callable[[int], Tensor]:
 class Reference:
     """The exact model's log-probabilities on some documents, computed once and kept while they fit `budget`.
 
-    Also keeps the stock cache after the first call of `prompt` tokens: the one-pass modes go on from there.
+    Also keeps the stock cache after the first call of `prompt` tokens: the one-pass modes go on from there. Without
+    a prompt, `shared` tokens are kept so: those before which no measured cache has packed anything.
     """
 
-    def __init__(self, model: Any, ids: tuple[Tensor, ...], prompt: int, first: int, budget: int = 2 << 30) -> None:
-        self.model, self.ids = model, ids
+    def __init__(
+        self, model: Any, ids: tuple[Tensor, ...], prompt: int, first: int, budget: int = 2 << 30, shared: int = 0
+    ) -> None:
+        if not 0 <= shared <= first:
+            raise ValueError(f"shared={shared} is not allowed: 0 to {first}, the first scored position")
+        self.model, self.ids, self.shared = model, ids, prompt or shared
         self.feed = Feed(prompt, BLOCK, first)
         self._left = budget
         self._kept: dict[int, list[Tensor]] = {}
@@ -198,11 +208,11 @@ class Reference:
 
     def prefix(self, index: int) -> Any:
         """The stock cache after the first call of a document, or None; not to be changed."""
-        if not self.feed.prompt:
+        if not self.shared:
             return None
         if index not in self._prefix:
             cache = dense_cache(self.model.config)
-            forward(self.model, self.ids[index][: self.feed.prompt], cache, keep=1)
+            forward(self.model, self.ids[index][: self.shared], cache, keep=1)
             size = dense_bytes(cache)
             if self._left < size:  # keep the newest only
                 for old in [i for i in self._prefix if i not in self._kept]:

@@ -12,7 +12,8 @@ from .metrics import Interval, jsonable
 class Setting:
     """How a measurement was made.
 
-    key, value: codecs ("" with the exact cache); window, sinks: tokens kept exact (`fake`: window 0).
+    key, value: codecs ("" with the exact cache; of a policy, those of the layers that it does not name); policy:
+    its label ("" without one); window, sinks: tokens kept exact (`fake`: window 0).
     prompt, chunk: tokens of the first and of each later call. context: tokens of the longest window.
     tokens: scored tokens; coded_queries: those among all queries that attended to coded tokens.
     cache_bytes: of the real cache at the end of the last window, everything included (None: not measured);
@@ -40,12 +41,13 @@ class Setting:
     cache_bytes: int | None
     dense_bytes: int | None
     seconds: float
+    policy: str = ""
 
     @property
     def label(self) -> str:
-        """Codec, or key/value codecs where they differ; "exact" for the stock cache."""
-        if not self.key:
-            return "exact"
+        """Codec, or key/value codecs where they differ; a policy's label; "exact" for the stock cache."""
+        if self.policy or not self.key:
+            return self.policy or "exact"
         return self.key if self.key == self.value else f"{self.key}/{self.value}"
 
     @property
@@ -92,7 +94,8 @@ def interval_from(data: dict[str, Any]) -> Interval:
 
 def divergence_from(data: dict[str, Any]) -> Divergence:
     """A Divergence from what `to_json` made; keys that are none of its fields are ignored."""
-    fields = {name: data[name] for name in Divergence.__dataclass_fields__}
+    fields = {name: data[name] for name in Divergence.__dataclass_fields__ if name != "policy"}
+    fields["policy"] = data.get("policy", "")
     for name, value in fields.items():
         if isinstance(value, dict):
             fields[name] = interval_from(value)

@@ -33,11 +33,15 @@ def row_key(work: Task, spec: CacheSpec, mode: str, chunk: int) -> str:
     digest.update(json.dumps([said, spec.to_json()], default=str).encode())
     for ids in work.ids:
         digest.update(ids.numpy().tobytes() + b"|")
-    parameters = list(work.model.parameters())
-    for parameter in parameters[:: max(1, len(parameters) // 8)]:
-        # A few weights: a local path may hold another model tomorrow.
-        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    digest.update(fingerprint(work.model))
     return digest.hexdigest()[:16]
+
+
+def fingerprint(model: Any) -> bytes:
+    """A few of a model's weights: a local path may hold another model tomorrow."""
+    parameters = list(model.parameters())
+    chosen = parameters[:: max(1, len(parameters) // 8)]
+    return b"".join(p.detach().flatten()[:16].float().cpu().numpy().tobytes() for p in chosen)
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -54,7 +58,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cut_off = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
@@ -62,9 +66,16 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def grid(codecs: Iterable[str], windows: Iterable[int], sinks: int = 4, **options: Any) -> list[CacheSpec]:
-    """Every codec ("tq4" or "tq4/tq3") with every window, in this order."""
-    sizes = list(windows)
-    return [CacheSpec.parse(codec, window=window, sinks=sinks, **options) for codec in codecs for window in sizes]
+    """Every codec ("tq4" or "tq4/tq3") with every window, in this order; a policy (a preset's name, or the path of a
+    .json file) once, with its own window and sinks.
+    """
+    sizes, out = list(windows), []
+    for codec in codecs:
+        if CacheSpec.names_policy(codec):
+            out.append(CacheSpec.parse(codec, **options))
+        else:
+            out += [CacheSpec.parse(codec, window=window, sinks=sinks, **options) for window in sizes]
+    return out
 
 
 def sweep(
@@ -99,7 +110,7 @@ def sweep(
         if key in done:
             result, taken = divergence_from(done[key]), True
         else:
-            reference = reference or work.reference()
+            reference = reference or work.reference(shared=work.common_start(specs, mode))
             taken = False
             result = divergence(
                 model,
@@ -114,7 +125,7 @@ def sweep(
                 progress=progress,
             )
             if file:
-                _append(file, {"row": key, **result.to_json()})
+                append_row(file, {"row": key, **result.to_json()})
         results.append(result)
         if on_row:
             on_row(result, taken)

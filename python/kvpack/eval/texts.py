@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 DEFAULT_TEXT = "topics"
 WIKITEXT = "wikitext-2"
-_CORPORA = {WIKITEXT: "corpora/wikitext-2-raw.test.txt"}
+_CORPORA = {
+    WIKITEXT: "corpora/wikitext-2-raw.test.txt",
+    **{name: f"corpora/books/{name}.txt" for name in ("pride-and-prejudice", "moby-dick", "alice-in-wonderland")},
+}
 _ARTICLE = re.compile(r"^ = (?!=).+ = \n", re.MULTILINE)
 
 
@@ -74,7 +77,8 @@ def data_dirs() -> list[Path]:
 
 
 def load_text(name: str = DEFAULT_TEXT) -> Text:
-    """The text called `name`: "topics", "wikitext-2", or the path of a UTF-8 file (one document).
+    """The text called `name`: "topics", "wikitext-2", a book ("pride-and-prejudice", ...; both below $KVPACK_DATA),
+    or the path of a UTF-8 file (one document).
 
     Raises TextUnavailableError naming what is allowed.
     """
@@ -92,8 +96,9 @@ def load_text(name: str = DEFAULT_TEXT) -> Text:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        allowed = ", ".join(map(repr, (DEFAULT_TEXT, *_CORPORA)))
         raise TextUnavailableError(
-            f"text {name!r} cannot be read ({error}); allowed: {DEFAULT_TEXT!r}, {WIKITEXT!r}, a UTF-8 file's path"
+            f"text {name!r} cannot be read ({error}); allowed: {allowed}, a UTF-8 file's path"
         ) from error
     if not content.strip():
         raise TextUnavailableError(f"text {name!r} is empty")
@@ -143,4 +148,42 @@ def cut_windows(text: Text, tokenizer: Tokenizer, length: int, count: int | None
         window = stream[start : start + body]
         ids.append(torch.tensor(window if tokenizer.bos is None else [tokenizer.bos, *window]))
         clusters.append(document if len(text.documents) > 1 else i)
+    return Windows(text.name, tuple(ids), tuple(clusters))
+
+
+def cut_places(text: Text, tokenizer: Tokenizer, length: int, counts: Sequence[int]) -> Windows:
+    """For every number in `counts` a place in the text, evenly spread, and that many windows in a row from there.
+
+    Places begin where a document does, if the text has several. A window's cluster is its place, so that windows
+    which stand side by side are not taken for independent. Errors as `cut_windows`.
+    """
+    import torch
+
+    if length < 2 or not counts or min(counts) < 1:
+        raise ValueError(f"{list(counts)} windows of {length} tokens: at least 1 place, 1 window and 2 tokens")
+    body = length - (tokenizer.bos is not None)
+    stream: list[int] = []
+    starts: list[int] = []
+    for content in text.documents:
+        starts.append(len(stream))
+        stream += tokenizer.encode(content)
+    room = max(counts) * body
+    if len(stream) < len(counts) * room:
+        raise TextUnavailableError(
+            f"{text.name} has {len(stream)} tokens: too few for {len(counts)} places of {max(counts)} windows of "
+            f"{length}"
+        )
+    ids: list[torch.Tensor] = []
+    clusters: list[int] = []
+    end = 0
+    for place, count in enumerate(counts):
+        wanted = max(end, place * (len(stream) - room) // max(1, len(counts) - 1))
+        # The rest of the places must still fit behind this one.
+        last = len(stream) - room * (len(counts) - place)
+        start = min((s for s in starts if wanted <= s <= last), default=min(wanted, last))
+        for i in range(count):
+            window = stream[start + i * body : start + (i + 1) * body]
+            ids.append(torch.tensor(window if tokenizer.bos is None else [tokenizer.bos, *window]))
+            clusters.append(place)
+        end = start + count * body
     return Windows(text.name, tuple(ids), tuple(clusters))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from kvpack import ops, spec
+from kvpack.policy import SINKS, WINDOW, Policy
 from kvpack.spec import CodecSpec
 
 from . import checks, memory, padding
@@ -32,9 +35,12 @@ class Cache(StockCache):  # type: ignore[misc]
 
     Args:
         config: the model's config.
-        key, value: codecs, such as "tq4" or "tq4:scale=mse"; `value` None means the same as `key`.
-        window: newest tokens kept exact, at least; up to 63 more wait for a full tile.
-        sinks: first real tokens of each row kept exact.
+        key, value: codecs, such as "tq4" or "tq4:scale=mse"; `key` None means "tq4", `value` None the same
+            as `key`.
+        policy: codecs by layer, with window and sinks: a `kvpack.Policy`, a preset's name, or the path of a
+            JSON file. Instead of key, value, window and sinks.
+        window: newest tokens kept exact, at least; up to 63 more wait for a full tile. None: 128.
+        sinks: first real tokens of each row kept exact. None: 4.
         fused: let `scaled_dot_product_attention` read packed bits. False gives attention dense tensors,
             decoded on every call: an oracle, slow.
         attention_mask: tokenizer mask [B, L] of the prompt (0 is padding). Left-padded prompts need it only
@@ -45,17 +51,19 @@ class Cache(StockCache):  # type: ignore[misc]
 
     Raises:
         ValueError: for an unknown codec or option, negative window or sinks, a head size that the codecs
-            cannot pack, a model with nothing to pack, and an encoder-decoder without `encoder_decoder=True`.
+            cannot pack, a policy together with what it decides or naming a layer that is not packed, a model
+            with nothing to pack, and an encoder-decoder without `encoder_decoder=True`.
     """
 
     def __init__(
         self,
         config: Any,
-        key: str | CodecSpec = "tq4",
+        key: str | CodecSpec | None = None,
         value: str | CodecSpec | None = None,
         *,
-        window: int = 128,
-        sinks: int = 4,
+        policy: Policy | str | os.PathLike[str] | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
         fused: bool = True,
         attention_mask: Tensor | None = None,
         precision: str = "default",
@@ -69,9 +77,7 @@ class Cache(StockCache):  # type: ignore[misc]
                 "and be silently wrong. Use kvpack.Cache.for_encoder_decoder(config, ...), which is "
                 "EncoderDecoderCache(kvpack.Cache(config, ..., encoder_decoder=True), DynamicCache())"
             )
-        for name, number in (("window", window), ("sinks", sinks)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise ValueError(f"{name}={number!r} is not allowed: a whole number of tokens, 0 or more")
+        policy = _policy(policy, key, value, window, sinks)
         if precision not in _PRECISIONS:
             raise ValueError(f"precision={precision!r} is not allowed: {' or '.join(map(repr, _PRECISIONS))}")
 
@@ -80,6 +86,7 @@ class Cache(StockCache):  # type: ignore[misc]
         layers: list[Any] = []
         stock: dict[str, list[int]] = {}
         first = None
+        policy.check(len(types))
         for index, (kind, options, own) in enumerate(zip(types, kwargs, text.per_layer_config, strict=True)):
             why = _why_stock(kind, own)
             if why is not None:
@@ -87,14 +94,14 @@ class Cache(StockCache):  # type: ignore[misc]
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
                 continue
             first = index if first is None else first
-            key_spec, value_spec = _resolve(index, key, value)
+            key_spec, value_spec = map(spec.parse, policy.codecs(index))
             _check_head_size(index, own, (key_spec, value_spec))
             layers.append(
                 PackedLayer(
                     key_spec,
                     value_spec,
-                    window=window,
-                    sinks=sinks,
+                    window=policy.window,
+                    sinks=policy.sinks,
                     fused=fused,
                     precision=_PRECISIONS.index(precision),
                     index=index,
@@ -104,9 +111,11 @@ class Cache(StockCache):  # type: ignore[misc]
             )
         if first is None:
             raise ValueError(f"nothing to pack in {_model(config)}: {_listing(stock)}")
+        policy.check(len(types), {layer.index for layer in layers if isinstance(layer, PackedLayer)})
         if stock:
             warnings.warn(f"kvpack: not packed in {_model(config)}: {_listing(stock)}", stacklevel=2)
         super().__init__(layers=layers)
+        self.policy = policy
         self._model_name = _model(config)
         if attention_mask is not None:
             self.set_padding(attention_mask)
@@ -122,11 +131,18 @@ class Cache(StockCache):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         packed = self.packed_layers
-        key, value = packed[0].specs
         return (
-            f"kvpack.Cache({self._model_name}, {key}/{value}, {len(packed)} of {len(self.layers)} layers "
+            f"kvpack.Cache({self._model_name}, {self._codecs()}, {len(packed)} of {len(self.layers)} layers "
             f"packed, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
         )
+
+    def _codecs(self) -> str:
+        """The codecs of the packed layers, the commonest first: "tq4/tq3", or "tq3/tq3 (24 layers), ..."."""
+        counts = Counter("/".join(map(str, layer.specs)) for layer in self.packed_layers)
+        if len(counts) == 1:
+            return next(iter(counts))
+        shown = [f"{pair} ({count} layer{'s' if count > 1 else ''})" for pair, count in counts.most_common()]
+        return ", ".join(shown[:4]) + (f", {len(shown) - 4} more pairs" if len(shown) > 4 else "")
 
     @property
     def packed_layers(self) -> list[PackedLayer]:
@@ -186,10 +202,28 @@ def _listing(stock: Mapping[str, list[int]]) -> str:
     return "; ".join(parts) + "; only full attention over keys and values is packed"
 
 
-def _resolve(layer: int, key: str | CodecSpec, value: str | CodecSpec | None) -> tuple[CodecSpec, CodecSpec]:
-    """Codecs of one layer. All layers have the same in this release; a policy will resolve here."""
-    key_spec = spec.parse(key)
-    return key_spec, key_spec if value is None else spec.parse(value)
+def _policy(
+    policy: Policy | str | os.PathLike[str] | None,
+    key: str | CodecSpec | None,
+    value: str | CodecSpec | None,
+    window: int | None,
+    sinks: int | None,
+) -> Policy:
+    """The policy that is given, or the uniform one that the other arguments describe."""
+    if policy is None:
+        return Policy.uniform(
+            "tq4" if key is None else spec.parse(key),
+            None if value is None else spec.parse(value),
+            window=WINDOW if window is None else window,
+            sinks=SINKS if sinks is None else sinks,
+        )
+    for name, given in (("key", key), ("value", value), ("window", window), ("sinks", sinks)):
+        if given is not None:
+            raise ValueError(
+                f"{name}={given!r} and policy={policy!r} exclude each other: the policy decides codecs, window and "
+                "sinks (kvpack.Policy.uniform makes one from them)"
+            )
+    return Policy.of(policy)
 
 
 def _check_head_size(layer: int, config: Any, specs: tuple[CodecSpec, CodecSpec]) -> None:
