@@ -46,7 +46,7 @@ inline void pack_line(const uint32_t* const (&c)[kvpack::unit_dwords(Bits)], uin
   for (int l = 0; l < 16; ++l) {
     if constexpr (Bits == 3 && Stream) {
       line[l] = c[0][l] | c[1][l] << 3 | (c[2][l] & every_byte(0x03)) << 6;
-      line[16 + l] = c[2][l] >> 2 | c[3][l] << 1 | c[4][l] << 4 | (c[5][l] & every_byte(0x01)) << 7;
+      line[16 + l] = (c[2][l] >> 2 & every_byte(0x01)) | c[3][l] << 1 | c[4][l] << 4 | (c[5][l] & every_byte(0x01)) << 7;
       line[32 + l] = (c[5][l] >> 1 & every_byte(0x03)) | c[6][l] << 2 | c[7][l] << 5;
     } else if constexpr (Bits == 5) {
       uint32_t high = 0;

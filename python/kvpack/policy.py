@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvpack.spec import CodecSpec, Side, parse, side_index
+from kvpack.spec import CodecSpec, Side, of_cache, parse, side_index
 
 VERSION = 1
 """Of the JSON form."""
@@ -143,9 +143,14 @@ class Policy:
             raise ValueError("bits of no layers: at least one is needed")
         total = 0.0
         for pair, count in Counter(self.codecs(layer) for layer in numbers).items():
-            key, value = parse(pair[0]).bits(head_dim, "key"), parse(pair[1]).bits(value_dim, "value")
+            key = of_cache(pair[0], "key", self.sinks).bits(head_dim, "key")
+            value = of_cache(pair[1], "value", self.sinks).bits(value_dim, "value")
             total += count * (key * head_dim + value * value_dim)
         return total / (len(numbers) * (head_dim + value_dim))
+
+    def names(self) -> set[str]:
+        """Every codec that the policy names."""
+        return {self.key, str(self.value), *(codec for pair in self.table.values() for codec in pair)}
 
     def check(self, layers: int, packed: Collection[int] | None = None) -> None:
         """ValueError if the table names a layer that a model of `layers` layers does not have, or does not pack."""

@@ -197,8 +197,8 @@ def allocate(
     layers = full_layers(inner.config)
     if not layers:
         raise ValueError(f"{type(inner).__name__} has no full-attention layer to pack")
-    bytes_of = {(c, side): specs.parse(c).side_bytes(size, side) for c in names for side in SIDES}
-    width = {codec: specs.parse(codec).bits(size) for codec in names}
+    bytes_of = {(c, side): _tile_bytes(c, side, size, sinks) for c in names for side in SIDES}
+    width = {codec: specs.of_cache(codec, "value", sinks).bits(size, "value") for codec in names}
     smallest = min(width.values())
     if bits < smallest:
         raise ValueError(f"bits={bits} is below the smallest codec of the ladder, which takes {smallest:.3f}")
@@ -233,6 +233,11 @@ def allocate(
         sensitivity=tuple((layer, side, value) for (layer, side), value in found.items()),
         distortion=errors,
     )
+
+
+def _tile_bytes(codec: str, side: Side, head_size: int, sinks: int) -> int:
+    """Bytes of one side of a tile with its share of the means, as a cache has it; rounded up."""
+    return math.ceil(specs.of_cache(codec, side, sinks).bits(head_size, side) * specs.TILE * head_size / 8)
 
 
 def _policy(picked: Mapping[Item, str], layers: Iterable[int], window: int, sinks: int, name: str) -> Policy:

@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvpack.spec import SIDES, CodecSpec, of_cache
+
 from .cachespec import CacheSpec
 
 TILE = 64
@@ -34,14 +36,14 @@ def packed_tokens(start: int, window: int, sinks: int) -> int:
     return TILE * (max(0, start - sinks - window) // TILE)
 
 
-def roundtrip(x: Tensor, codec: str, side: Literal["key", "value"]) -> Tensor:
+def roundtrip(x: Tensor, codec: str | CodecSpec, side: Literal["key", "value"]) -> Tensor:
     """Encode and decode: float32 [..., tokens, d] of what comes back. The input is rounded to float32 first.
 
     `exact` returns x as it is, in its own dtype: a codec that keeps elements has nothing to round.
     """
     import kvpack
 
-    if codec == "exact":
+    if str(codec) == "exact":
         return x
     coder = kvpack.codec(codec, head_dim=x.shape[-1], side=side)
     rows = x.detach().to("cpu", torch.float32).contiguous()
@@ -110,9 +112,10 @@ class Emulator:
         spec = self.rule.spec
         held = self._coded.setdefault(layer, _Coded())
         if held.tokens < tokens:
-            whole = held.tokens // TILE * TILE
+            key_codec, value_codec = (of_cache(c, s, spec.sinks) for c, s in zip(spec.codecs(layer), SIDES, strict=True))
+            # Whole tiles stay as they are, but for the mean of a row, which is that of its first tile.
+            whole = 0 if "mean" in (key_codec.center, value_codec.center) else held.tokens // TILE * TILE
             here = slice(spec.sinks + whole, spec.sinks + tokens)
-            key_codec, value_codec = spec.codecs(layer)
             fresh = [
                 roundtrip(key[:, :, here], key_codec, "key"),
                 roundtrip(value[:, :, here], value_codec, "value"),
@@ -150,6 +153,7 @@ class Emulator:
             return None
         work = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = torch.empty(*query.shape[:3], value.shape[-1], dtype=query.dtype, device=query.device)
+        self.coded(layer, key, value, max(coded for _, _, coded in groups))  # once for all
         for begin, end, coded in groups:
             mixed = [key, value]
             if coded:

@@ -86,6 +86,12 @@ class Cache(StockCache):  # type: ignore[misc]
         layers: list[Any] = []
         stock: dict[str, list[int]] = {}
         first = None
+        if not policy.sinks and any(spec.parse(c).center not in (None, "none") for c in policy.names()):
+            warnings.warn(
+                f"kvpack.Cache: {policy.label} is centred, but sinks=0: without exact first tokens centring is worth "
+                "nothing, or worse (docs/quality.md)",
+                stacklevel=2,
+            )
         policy.check(len(types))
         for index, (kind, options, own) in enumerate(zip(types, kwargs, text.per_layer_config, strict=True)):
             why = _why_stock(kind, own)
@@ -94,7 +100,9 @@ class Cache(StockCache):  # type: ignore[misc]
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
                 continue
             first = index if first is None else first
-            key_spec, value_spec = map(spec.parse, policy.codecs(index))
+            key, value = policy.codecs(index)
+            key_spec = spec.of_cache(key, "key", policy.sinks)
+            value_spec = spec.of_cache(value, "value", policy.sinks)
             _check_head_size(index, own, (key_spec, value_spec))
             layers.append(
                 PackedLayer(
