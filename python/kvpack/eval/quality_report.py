@@ -30,22 +30,21 @@ class Report:
 
     def lines(self, study: str, **wanted: Any) -> dict[str, list[Line]]:
         """Window lines of a study by the cache's label; of ours only those with this window and these sinks."""
-        out: dict[str, list[Line]] = {}
+        out: dict[str, dict[str, Line]] = {}
         for line in self.store.find("window", study=study, **self.about, **wanted):
-            ours = not line["peer"]
-            if ours and self._policy(line) is False:
-                continue
-            if line["sample"] in self.exact:
-                out.setdefault(line["label"], []).append(line)
-        return out
+            if (line["peer"] or self._wanted(line)) and line["sample"] in self.exact:
+                # The newest wins: a codec may have changed since an older one.
+                out.setdefault(line["label"], {})[line["sample"]] = line
+        return {label: list(lines.values()) for label, lines in out.items()}
 
-    def _policy(self, line: Line) -> bool:
+    def _wanted(self, line: Line) -> bool:
+        """Whether a line of ours has the window and the sinks of this report."""
         return (line["window"], line["sinks"]) == (self.window, self.sinks)
 
     def bytes(self) -> dict[str, Line]:
         """What caches hold after a window of the main table, by label."""
         found = self.store.find("bytes", length=self.length, **self.about)
-        return {line["label"]: line for line in found if line["peer"] or self._policy(line)}
+        return {line["label"]: line for line in found if line["peer"] or self._wanted(line)}
 
     # Tables.
 
@@ -167,7 +166,7 @@ class Report:
 
     def _needle(self) -> str:
         lines = [
-            line for line in self.store.find("needle", **self.about) if line["window"] is None or self._policy(line)
+            line for line in self.store.find("needle", **self.about) if line["window"] is None or self._wanted(line)
         ]
         if not lines:
             return ""
