@@ -84,11 +84,10 @@ class Report:
         )
 
     def _peers(self) -> str:
-        theirs = self.lines(PEER, length=self.length)
-        if not theirs:
+        theirs, common = self.lines(PEER, length=self.length), self._common()
+        if common is None:
             return ""
         some = next(iter(theirs.values()))[0]
-        common = set.intersection(*({line["sample"] for line in lines} for lines in theirs.values()))
         held = self.bytes()
         rows = [
             f"**Beside transformers' quantized caches**, the same windows for all, at the bits per value that each "
@@ -111,6 +110,11 @@ class Report:
                 table.append((bits, f"| {name} | {chosen[0]['mode']} | {_bits(bits)} {cells}"))
         rows += [row for _, row in sorted(table, key=lambda pair: -pair[0] if pair[0] == pair[0] else 0)]
         return "\n".join(rows)
+
+    def _common(self) -> set[str] | None:
+        """The windows that every cache in the peers' own mode ran; None without such caches."""
+        found = self.lines(PEER, length=self.length).values()
+        return set.intersection(*({line["sample"] for line in lines} for lines in found)) if found else None
 
     def _anchor(self) -> str:
         found = {mode: self.lines(ANCHOR, mode=mode) for mode in ("stepwise", "emulated")}
@@ -190,12 +194,15 @@ class Report:
     # The picture.
 
     def points(self) -> list[tuple[str, bool, float, Interval]]:
-        """(label, is a peer, bits held per value, mean KLD) of all caches of the main table and of the peers."""
-        held = self.bytes()
+        """(label, is a peer, bits held per value, mean KLD) of all caches of the main table and of the peers, over the
+        windows that the peers ran too, if there are any.
+        """
+        held, common = self.bytes(), self._common()
         out = []
         for study in (SHORT, PEER):
-            for label, lines in self.lines(study, length=self.length).items():
-                if label in held and (study == SHORT or lines[0]["peer"]):
+            for label, found in self.lines(study, length=self.length).items():
+                lines = [line for line in found if common is None or line["sample"] in common]
+                if lines and label in held and (study == SHORT or lines[0]["peer"]):
                     bits, mean = float(held[label]["held"]), figures(lines, self.exact)["kld"]
                     out.append((label, bool(lines[0]["peer"]), bits, mean))
         return out
