@@ -13,6 +13,7 @@ import copy
 import random
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def needles(
             ids, answer = haystack(text, tokenizer, length, depth, seed)
             wanted = []
             for spec in caches:
-                said = "exact" if spec is None else spec.to_json()
+                said: Any = "exact" if spec is None else study.identity(spec)
                 key = study.key("needle", said, depth, ids.tolist())
                 if key not in study.store:
                     wanted.append((spec, key))
@@ -74,9 +75,9 @@ def needles(
                 study.check_time()
                 began = time.perf_counter()
                 cache = copy.deepcopy(dense) if spec is None else fill(spec, dense, study.model.config)
-                said = tokenizer.decode(continue_text(study.model, ids, cache, 10, tokenizer.eos))
+                written = tokenizer.decode(continue_text(study.model, ids, cache, 10, tokenizer.eos))
                 named = {"label": "exact", "window": None, "sinks": None} if spec is None else describe(spec)
                 line = {"key": key, "kind": "needle", **study.about, **named, "length": length, "depth": depth}
                 seconds = round(time.perf_counter() - began, 2)
-                study.store.add({**line, "seed": seed, "found": answer in said, "seconds": seconds})
-                study.say(f"needle at {depth:.0%} of {length}, {named['label']}: {answer in said}")
+                study.store.add({**line, "seed": seed, "found": answer in written, "seconds": seconds})
+                study.say(f"needle at {depth:.0%} of {length}, {named['label']}: {answer in written}")

@@ -9,6 +9,7 @@ Source: transformers.cache_utils.QuantizedCache; quanto (optimum-quanto) and hqq
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,12 @@ class Peer:
             if not hasattr(cache_utils, "Fp8QuantizedLayer"):
                 return f"{self.name}: this transformers has no fp8 cache"
         return ""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the distributions that it is made of."""
+        names = ["transformers", *self.package.split()[1:]]
+        return {name: importlib.metadata.version(name) for name in names}
 
     def build(self, config: Any) -> Any:
         """A fresh cache for a model with this config."""

@@ -13,12 +13,15 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .cachespec import CacheSpec, dense_bytes, fill, full_layers, head_size
+from .emulation import TILE
 from .measure import Task, _check_read, _paired, _score, check_packed, task
 from .models import LoadedModel, Tokenizer, quiet
 from .modes import EXACT, Feed, Reference, Run
@@ -101,6 +104,17 @@ class Study:
         digest.update(json.dumps([self.about, *said], sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
 
+    def identity(self, cache: CacheSpec | Peer) -> Line:
+        """What makes a cache the same cache: its options, and what its codecs make of a fixed tile, or the versions
+        of a peer's packages. A codec that was changed is measured anew.
+        """
+        if isinstance(cache, Peer):
+            return {**cache.to_json(), "versions": cache.versions}
+        config = self.model.config
+        pairs = {cache.codecs(layer) for layer in full_layers(config)}
+        print_of = {codec: _tile_print(codec, head_size(config)) for pair in pairs for codec in pair}
+        return {**cache.to_json(), "codecs": print_of}
+
     def check_time(self) -> None:
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise OutOfTimeError
@@ -123,7 +137,7 @@ class Study:
             wanted = []
             for cache in caches:
                 own = "chunked" if isinstance(cache, Peer) else mode
-                key = self.key("window", own, first, prompt, chunk, cache.to_json(), sample.name)
+                key = self.key("window", own, first, prompt, chunk, self.identity(cache), sample.name)
                 if key not in self.store:
                     wanted.append((cache, own, key))
             if not wanted:
@@ -194,7 +208,7 @@ class Study:
         """Bits per value that every cache holds after a window, everything included, of a model in 16 bits."""
         for cache in caches:
             tokens = len(sample.ids) - 1
-            key = self.key("bytes", tokens, prompt, chunk, cache.to_json())
+            key = self.key("bytes", tokens, prompt, chunk, self.identity(cache))
             if key in self.store:
                 continue
             self.check_time()
@@ -221,6 +235,16 @@ class Study:
             return None
         config = self.model.config
         return cache.bits(head_size(config), layers=full_layers(config))
+
+
+@lru_cache
+def _tile_print(codec: str, head_dim: int) -> str:
+    """A hash of what a codec makes of one fixed tile of keys."""
+    import kvpack
+
+    x = np.random.default_rng(0).standard_normal((TILE, head_dim)).astype(np.float32)
+    coder = kvpack.codec(codec, head_dim=head_dim, side="key")
+    return hashlib.sha256(np.asarray(coder.encode(x).data).tobytes()).hexdigest()[:16]
 
 
 def describe(cache: CacheSpec | Peer) -> Line:

@@ -30,22 +30,21 @@ class Report:
 
     def lines(self, study: str, **wanted: Any) -> dict[str, list[Line]]:
         """Window lines of a study by the cache's label; of ours only those with this window and these sinks."""
-        out: dict[str, list[Line]] = {}
+        out: dict[str, dict[str, Line]] = {}
         for line in self.store.find("window", study=study, **self.about, **wanted):
-            ours = not line["peer"]
-            if ours and self._policy(line) is False:
-                continue
-            if line["sample"] in self.exact:
-                out.setdefault(line["label"], []).append(line)
-        return out
+            if (line["peer"] or self._wanted(line)) and line["sample"] in self.exact:
+                # The newest wins: a codec may have changed since an older one.
+                out.setdefault(line["label"], {})[line["sample"]] = line
+        return {label: list(lines.values()) for label, lines in out.items()}
 
-    def _policy(self, line: Line) -> bool:
+    def _wanted(self, line: Line) -> bool:
+        """Whether a line of ours has the window and the sinks of this report."""
         return (line["window"], line["sinks"]) == (self.window, self.sinks)
 
     def bytes(self) -> dict[str, Line]:
         """What caches hold after a window of the main table, by label."""
         found = self.store.find("bytes", length=self.length, **self.about)
-        return {line["label"]: line for line in found if line["peer"] or self._policy(line)}
+        return {line["label"]: line for line in found if line["peer"] or self._wanted(line)}
 
     # Tables.
 
@@ -85,11 +84,10 @@ class Report:
         )
 
     def _peers(self) -> str:
-        theirs = self.lines(PEER, length=self.length)
-        if not theirs:
+        theirs, common = self.lines(PEER, length=self.length), self._common()
+        if common is None:
             return ""
         some = next(iter(theirs.values()))[0]
-        common = set.intersection(*({line["sample"] for line in lines} for lines in theirs.values()))
         held = self.bytes()
         rows = [
             f"**Beside transformers' quantized caches**, the same windows for all, at the bits per value that each "
@@ -112,6 +110,11 @@ class Report:
                 table.append((bits, f"| {name} | {chosen[0]['mode']} | {_bits(bits)} {cells}"))
         rows += [row for _, row in sorted(table, key=lambda pair: -pair[0] if pair[0] == pair[0] else 0)]
         return "\n".join(rows)
+
+    def _common(self) -> set[str] | None:
+        """The windows that every cache in the peers' own mode ran; None without such caches."""
+        found = self.lines(PEER, length=self.length).values()
+        return set.intersection(*({line["sample"] for line in lines} for lines in found)) if found else None
 
     def _anchor(self) -> str:
         found = {mode: self.lines(ANCHOR, mode=mode) for mode in ("stepwise", "emulated")}
@@ -167,7 +170,7 @@ class Report:
 
     def _needle(self) -> str:
         lines = [
-            line for line in self.store.find("needle", **self.about) if line["window"] is None or self._policy(line)
+            line for line in self.store.find("needle", **self.about) if line["window"] is None or self._wanted(line)
         ]
         if not lines:
             return ""
@@ -191,12 +194,15 @@ class Report:
     # The picture.
 
     def points(self) -> list[tuple[str, bool, float, Interval]]:
-        """(label, is a peer, bits held per value, mean KLD) of all caches of the main table and of the peers."""
-        held = self.bytes()
+        """(label, is a peer, bits held per value, mean KLD) of all caches of the main table and of the peers, over the
+        windows that the peers ran too, if there are any.
+        """
+        held, common = self.bytes(), self._common()
         out = []
         for study in (SHORT, PEER):
-            for label, lines in self.lines(study, length=self.length).items():
-                if label in held and (study == SHORT or lines[0]["peer"]):
+            for label, found in self.lines(study, length=self.length).items():
+                lines = [line for line in found if common is None or line["sample"] in common]
+                if lines and label in held and (study == SHORT or lines[0]["peer"]):
                     bits, mean = float(held[label]["held"]), figures(lines, self.exact)["kld"]
                     out.append((label, bool(lines[0]["peer"]), bits, mean))
         return out
