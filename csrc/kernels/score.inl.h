@@ -97,7 +97,7 @@ void score(const kvpack::ScoreArgs& a) {
           });
         }
         if constexpr (kDwords == 8)  // the unit that two lane blocks share: each meets its own half
-          if (grid.shares())
+          if (grid.shares() && sb == blocks - 1)
             unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
               const uint8_t* p = shared_lane(v);
               if (level == 0 && (v0 + v) % (2 * kPerBlock) == 0)
