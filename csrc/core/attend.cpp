@@ -160,6 +160,12 @@ struct Item : Block {
   const uint8_t* tile(int64_t t) const {
     return part(t) + static_cast<size_t>(t % kPageTiles) * plan.record.bytes();
   }
+  // Means lie apart from the records, so that no kernel prefetches them on its way.
+  void prefetch_mean(Side side, int64_t t, int32_t dim) const {
+    const uint8_t* at = part(t) + plan.record.mean(side, t % kPageTiles);
+    for (int32_t i = 0; i < dim + kLine; i += kLine) __builtin_prefetch(at + i);
+    __builtin_prefetch(part(t) + plan.record.mean_scale(side, t % kPageTiles));
+  }
   // The mean that serves tile t; the caller fills in the rows.
   MeanArgs mean(Side side, int64_t t, int32_t dim, int32_t group) const {
     const uint8_t* own = part(t);
@@ -186,7 +192,10 @@ struct Item : Block {
     for (int64_t t = 0; t < begin; ++t) start += p.counts[t];
     for (int64_t t = begin; t < end; ++t) {
       const uint8_t* record = tile(t);
-      const uint8_t* coming = tile(t + kAheadTiles < p.tiles ? t + kAheadTiles : t);
+      const int64_t next = t + kAheadTiles < p.tiles ? t + kAheadTiles : t;
+      const uint8_t* coming = tile(next);
+      if (plan.key_mean) prefetch_mean(Side::key, next, dk);
+      if (plan.value_mean) prefetch_mean(Side::value, next, dv);
       const auto section = [&](const uint8_t* base, size_t codes, size_t scales) {
         return ConstTileSide{base + codes, reinterpret_cast<const uint16_t*>(base + scales)};
       };

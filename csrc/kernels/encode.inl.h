@@ -32,8 +32,8 @@ inline float error_of(float scale, const Match& m, int head_dim) {
   return (scale * m.cc - 2.0F * (m.xc * unit_norm(head_dim))) * scale;
 }
 
-// Lloyd-Max codes of z = y * gain / r, and their match.
-template <class S, class Codec>
+// Lloyd-Max codes of z = y * gain / r, and their match (<y, q> only where it is asked for).
+template <class S, class Codec, bool Projects>
 Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes) {
   using F = typename S::F;
   constexpr int kHalf = 1 << (Codec::kBits - 1);
@@ -51,7 +51,7 @@ Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes
     // kHalf + mag above zero, kHalf - 1 - mag below: one expression in mag + 1/2.
     S::store_low_bytes(codes + i, S::add(S::set1(static_cast<float>(kHalf) - 0.5F), S::copy_sign(magnitude, z)));
     square = S::fma(level, level, square);  // exact: integers below 2^24
-    return S::mul(at, S::copy_sign(level, z));
+    return Projects ? S::mul(at, S::copy_sign(level, z)) : S::zero();
   });
   return {xc, S::reduce_add(square)};
 }
@@ -59,6 +59,7 @@ Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes
 template <class S, class Codec>
 int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   using namespace kvpack;
+  const bool projects = a.search || a.rule == Rule::mse || a.rule == Rule::unbiased;
   const int d = a.head_dim;
   int32_t status = 0;
   for (int t = 0; t < kTile; ++t) {
@@ -71,7 +72,8 @@ int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors) {
     }
     const float inv = 1.0F / x.r;
     const auto coded = [&](float gain, uint8_t* to) {
-      return assign<S, Codec>(a.x + t * d, d, inv, gain, to);
+      return projects ? assign<S, Codec, true>(a.x + t * d, d, inv, gain, to)
+                      : assign<S, Codec, false>(a.x + t * d, d, inv, gain, to);
     };
     Match m = coded(1.0F, codes);
     float scale = scale_of(a.rule, x, m, Codec::kUnit, d);

@@ -58,11 +58,7 @@ template <class S, class Product>
   for (int p = 0; p < kParts; ++p) part[p] = product(p * S::kLanes);
   for (int i = 16; i < n; i += 16)
     for (int p = 0; p < kParts; ++p) part[p] = S::add(part[p], product(i + p * S::kLanes));
-  alignas(64) float l[16];
-  for (int p = 0; p < kParts; ++p) S::store(l + p * S::kLanes, part[p]);
-  for (int step = 8; step >= 1; step /= 2)
-    for (int q = 0; q < step; ++q) l[q] = l[q] + l[q + step];
-  return l[0];
+  return S::reduce_16(part);
 }
 
 // float32(1 / sqrt(d)): from the unnormalised transform to the orthonormal one.

@@ -121,6 +121,11 @@ struct Neon {
   static F zero_where_less(F v, F a, F b) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(a, b)));
   }
+  static float reduce_16(const F (&part)[4]) {
+    const F four = vaddq_f32(vaddq_f32(part[0], part[2]), vaddq_f32(part[1], part[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
   static float reduce_max(F v) { return vmaxvq_f32(v); }
   static float reduce_add(F v) { return vaddvq_f32(v); }
   template <int Width>

@@ -17,6 +17,7 @@
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
 //   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
 //   load_repeated<W>      W floats, over and over
+//   reduce_16             the sum of 16 lanes in the format's order
 //   add_where_greater     acc + (a > b ? inc : 0)
 //   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
 //   load_element<dtype>   kLanes elements as floats
@@ -147,6 +148,14 @@ struct Scalar {
   static F scale_by_power(F a, F n) { return std::ldexp(a, static_cast<int>(n)); }
   static F add_where_greater(F acc, F a, F b, F inc) { return a > b ? acc + inc : acc; }
   static F zero_where_less(F v, F a, F b) { return a < b ? 0.0F : v; }
+  // The format's order: l + (l + 8), then 4, 2, 1.
+  static float reduce_16(const F (&part)[16]) {
+    float l[16];
+    std::memcpy(l, part, sizeof l);
+    for (int step = 8; step >= 1; step /= 2)
+      for (int i = 0; i < step; ++i) l[i] = l[i] + l[i + step];
+    return l[0];
+  }
   static float reduce_max(F v) { return v; }
   static float reduce_add(F v) { return v; }
   template <int>
