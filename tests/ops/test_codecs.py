@@ -99,13 +99,20 @@ def test_encode_gives_the_bytes_of_the_reference(impl: Implementation, text: str
 )
 def test_options_give_the_bytes_of_the_reference(impl: Implementation, text: str, side: str, d: int) -> None:
     """Two tiles of hard vectors, shifted by more than their size in one row, and zeros first in another."""
-    x = hard_vectors(d).repeat(3, 1, 1)
+    x = hard_vectors(d)[: 66 if text[:3] == "tcq" else 100].repeat(3, 1, 1)
     x[1, 14:] += 3.0 * torch.linspace(-4, 4, d)
     x[2, :64] = 0.0
     check_encode(impl, x, text, side)
 
 
-@pytest.mark.parametrize("text", [name for name, codec in reference.CODECS.items() if codec.rotated])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(name, marks=pytest.mark.full if name in TRELLIS[1:] else [])
+        for name, codec in reference.CODECS.items()
+        if codec.rotated
+    ],
+)
 @pytest.mark.parametrize("center", ["mean", "tile"])
 def test_means_of_many_tiles(impl: Implementation, text: str, center: str) -> None:
     """Nine tiles: three means of pages, of which a row that begins with five tiles of zeros has none in the first."""

@@ -112,10 +112,13 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
-def test_compile_encode_decode_rotate() -> None:
+@pytest.mark.parametrize("center", ["none", "mean", "tile"])
+def test_compile_encode_decode_rotate(center: str) -> None:
+    centred = code(f"tq4:center={center}")
+
     def function(x: Tensor) -> tuple[Tensor, ...]:
-        data, means = ops.encode(x * 2, code("tq4:center=mean"), 0)
-        dense = ops.decode(data, means, code("tq4:center=mean"), 0, x.shape[-2], x.shape[-1], x.dtype)
+        data, means = ops.encode(x * 2, centred, 0)
+        dense = ops.decode(data, means, centred, 0, x.shape[-2], x.shape[-1], x.dtype)
         return data, means, dense + 1, ops.rotate(x)
 
     fast = compiled(function)

@@ -77,7 +77,7 @@ def test_decode(impl: Implementation) -> None:
         impl.decode(data[0], none, TQ4, 0, 64, 64, torch.float32)
     centred = code("tq4:center=tile")
     data, means = impl.encode(torch.zeros(70, 64), centred, 0)
-    for bad in (means[:1], means[:, :-1], means.to(torch.int8), means[None], none):
+    for bad in (means[:1], means[:, :-1], means.to(torch.int8), none):
         with refuses(impl, "means"):
             impl.decode(data, bad, centred, 0, 70, 64, torch.float32)
     with refuses(impl, "means"):
