@@ -141,7 +141,8 @@ def test_doctor_shows_the_codecs_of_layers(tmp_path: Path) -> None:
     arguments = ["doctor", "--model", str(tmp_path / "llama"), "--codec", str(tmp_path / "p.json")]
     found = json.loads(run(*arguments, "--json").stdout)["model"]
     assert [layer["codecs"] for layer in found["layers"]] == ["tq4/tq3", "tq2", "tq4/tq3"]
-    assert "tq4/tq3 (2 layers), tq2/tq2 (1 layer)" in found["verdict"]
+    centred = "tq4:center=tile/tq3:center=mean (2 layers), tq2:center=tile/tq2:center=mean (1 layer)"
+    assert centred in found["verdict"]
     assert "tq4/tq3" in run(*arguments).stdout
 
 

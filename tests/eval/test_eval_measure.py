@@ -124,7 +124,8 @@ def test_cache_in_every_form(tiny: LoadedModel) -> None:
     assert isinstance(made.build(tiny.model.config), kvpack.Cache)
     assert CacheSpec("tq3").value_codec == "tq3"
     assert CacheSpec("tq3").to_json()["value"] == "tq3"
-    assert CacheSpec("tq4", "tq3").bits(64) == pytest.approx((4.25 + 3.25) / 2)
+    assert CacheSpec("tq4", "tq3").bits(64) == pytest.approx((4.25 + 3.25) / 2 + 8 * 66 * (1 / 64 + 1 / 256) / 64 / 2)
+    assert CacheSpec("tq4", "tq3", sinks=0).bits(64) == pytest.approx((4.25 + 3.25) / 2)
 
 
 def test_reference_keeps_no_more_than_its_budget(tiny: LoadedModel, ids: Tensor) -> None:

@@ -70,12 +70,37 @@ def test_kinds_add_up_and_are_what_they_say() -> None:
     tile = 64 * 64 * 2 * 2  # values of a tile: tokens, head size, KV heads, layers
     assert memory["codes"] == 6 * tile * (4 + 8) // 8
     assert memory["scales"] == 6 * (2 * 2 * 64 * 2) * (1 + 2)
-    assert memory["means"] == memory["workspace"] == memory["other"] == 0
+    assert memory["means"] == 2 * 2 * 6 * (64 + 2)  # keys: a mean for each tile, int8 levels and a scale
+    assert memory["workspace"] == memory["other"] == 0
     page = ops.page_bytes(layer.layout)
-    assert memory["codes"] + memory["scales"] + memory["slack"] == 2 * 2 * page
-    assert memory["slack"] == 2 * page // 2
+    assert memory["codes"] + memory["scales"] + memory["means"] + memory["slack"] == 2 * 2 * page
+    filling = 2 * 2 * 2 * (320 - 4 * 66)  # of the means to whole lines; layers, pages, heads
+    assert memory["slack"] == 2 * 2 * 2 * (ops.record_bytes(layer.layout) + 66) + filling
     assert memory["window"] == 2 * 2 * (64 + 64) * 2 * 64 * 4
     assert memory["sinks"] == 2 * 2 * 4 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "tile", "page"),
+    [
+        ("tq4:center=tile", "tcq2:center=tile", 66 + 66, 0),
+        ("tcq3:center=mean", "tq3", 0, 66 + 66),
+        ("rq8_0:center=none", "tq2:center=mean", 0, 66),
+        ("tq4:center=none", "q5_0", 0, 0),
+    ],
+)
+def test_means_are_counted(key: str, value: str, tile: int, page: int) -> None:
+    model = h.llama()
+    cache = h.packed(model, key=key, value=value, window=0, sinks=4)
+    h.run(model, cache, h.tokens(1, 64 * 6 + 4), [64 * 6 + 4])
+    memory = cache.memory()
+    assert memory["means"] == 2 * 2 * (6 * tile + 2 * page)  # layers, KV heads
+    assert sum(memory.values()) == cache.nbytes
+    layout = cache.packed_layers[0].layout
+    pages = sum(memory[kind] for kind in ("codes", "scales", "means", "slack"))
+    assert pages == 2 * 2 * ops.page_bytes(layout)  # layers, pages
+    fork = copy.deepcopy(cache)
+    assert kvpack.nbytes(cache, fork) < cache.nbytes + memory["window"] + memory["sinks"] + memory["tables"] + 1
 
 
 def test_shared_pages_count_once() -> None:

@@ -41,11 +41,15 @@ def test_equal_policies_are_equal() -> None:
 
 
 def test_bits_are_the_mean_over_layers_and_sides() -> None:
-    assert Policy.uniform("tq4", "tq3").bits(64, 30) == 3.75
+    key, value = 8 * 66 / (64 * 64), 8 * 66 / (256 * 64)  # means: of each tile, of each page
+    assert Policy.uniform("tq4", "tq3").bits(64, 30) == 3.75 + (key + value) / 2
+    assert Policy.uniform("tq4", "tq3", sinks=0).bits(64, 30) == 3.75
+    assert Policy.uniform("tq4:center=none", "tq3:center=none").bits(64, 30) == 3.75
     policy = Policy.uniform("tq4", "tq4", layers={0: ("tq2", "tq2")})
-    assert policy.bits(64, 2) == (4.25 + 2.25) / 2
-    assert policy.bits(64, [1, 2]) == 4.25
-    assert Policy("tq4", "tq2").bits(64, 1, value_dim=128) == (64 * 4.25 + 128 * 2.125) / 192
+    assert policy.bits(64, 2) == (4.25 + 2.25 + key + value) / 2
+    assert policy.bits(64, [1, 2]) == 4.25 + (key + value) / 2
+    wide = 2.125 + 8 * 130 / (256 * 128)
+    assert Policy("tq4", "tq2").bits(64, 1, value_dim=128) == (64 * (4.25 + key) + 128 * wide) / 192
     with pytest.raises(ValueError, match="no layers"):
         policy.bits(64, [])
 
@@ -122,11 +126,13 @@ def test_bad_tables(layers: Any, message: str) -> None:
 
 def test_the_cache_gives_every_layer_its_codecs() -> None:
     cache = kvpack.Cache(llama().config, policy=MIXED)
-    assert [tuple(map(str, layer.specs)) for layer in cache.packed_layers] == [MIXED.codecs(0), MIXED.codecs(1)]
+    centred = [("tq4:center=tile", "tq3:center=mean"), ("q8_0", "tq2:scale=mse,center=mean")]
+    assert [tuple(map(str, layer.specs)) for layer in cache.packed_layers] == centred
     assert {layer.window_size for layer in cache.packed_layers} == {64}
     assert cache.policy is MIXED
-    assert "tq4/tq3 (1 layer), q8_0/tq2:scale=mse (1 layer), 2 of 2 layers packed" in repr(cache)
-    assert [(line.key, line.value) for line in cache.stats()] == [MIXED.codecs(0), MIXED.codecs(1)]
+    said = [f"{key}/{value} (1 layer)" for key, value in centred]
+    assert f"{', '.join(said)}, 2 of 2 layers packed" in repr(cache)
+    assert [(line.key, line.value) for line in cache.stats()] == centred
     assert kvpack.Cache(llama().config, policy="balanced").policy == PRESETS["balanced"]
     assert kvpack.Cache(llama().config, "tq3", window=5).policy == Policy.uniform("tq3", window=5)
     assert kvpack.Cache(llama().config).policy == Policy()

@@ -26,12 +26,13 @@ def fill(layer: PackedLayer, count: int, rows: int = 1) -> torch.Tensor:
 
 def used_bytes(layer: PackedLayer) -> list[bytes]:
     """The bytes of every slot in use."""
-    heads, record = layer.layout[4], kvpack.ops.record_bytes(layer.layout)
+    layout = layer.layout
+    heads, record, head = layout[4], kvpack.ops.record_bytes(layout), kvpack.ops.head_bytes(layout)
     out = []
     for row in layer.table.rows:
         for p, page in enumerate(row):
             slots = min(4, layer.table.tiles - 4 * p)
-            out.append(page.data.view(heads, 4, record)[:, :slots].clone().numpy().tobytes())
+            out.append(page.data.view(heads, head)[:, : slots * record].clone().numpy().tobytes())
     return out
 
 

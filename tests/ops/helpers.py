@@ -7,16 +7,16 @@ defaults.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvpack import ops, reference
+from kvpack import ops, reference, spec
 from kvpack.ops import _attend, _decode, _decode_pages, _encode, _encode_pages, _rotate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,7 +27,7 @@ class Implementation:
     """Callables with the arguments of the schemas."""
 
     name: str
-    encode: Callable[..., Tensor]
+    encode: Callable[..., tuple[Tensor, Tensor]]
     decode: Callable[..., Tensor]
     rotate: Callable[..., Tensor]
     encode_pages: Callable[..., None]
@@ -76,8 +76,21 @@ def new_page(layout: list[int]) -> Tensor:
     return raw[skip : skip + size]
 
 
-def code(name: str, dtype: str = "float32", scale: str | None = None) -> int:
-    return reference.codec_code(name, scale=scale, dtype=dtype if name == "exact" else "float32")
+def code(text: str, dtype: str = "float32", scale: str | None = None) -> int:
+    """The code of a codec string; a scale rule may be given apart."""
+    parsed = spec.parse(text)
+    return (parsed if scale is None else replace(parsed, scale=scale)).code(dtype)  # type: ignore[arg-type]
+
+
+def named(text: str) -> dict[str, Any]:
+    """A codec string as the arguments of `reference.encode`: name, scale, center, search."""
+    parsed = spec.parse(text)
+    return {"name": parsed.name, "scale": parsed.scale, "center": parsed.center or "none", "search": parsed.search}
+
+
+def quick_or_full(name: str, quick: Collection[str]) -> Any:
+    """A parameter that only the full suite runs, unless it is among the quick ones."""
+    return pytest.param(name, marks=[] if name in quick else pytest.mark.full)
 
 
 def numpy(x: Tensor) -> Any:
@@ -119,11 +132,19 @@ def make_cache(
     return Cache(layout, table, torch.tensor(counts, dtype=torch.int32), keys, values, packed, memory)
 
 
-def expected(x: Tensor, name: str, side: str, dtype: str = "float32") -> Any:
+def reference_bytes(x: Tensor, text: str, side: str) -> tuple[Any, Any]:
+    """Bytes of tiles and of means by the reference."""
+    options = named(text)
+    rows = numpy(x if options["name"] == "exact" else x.float())
+    return reference.encode(rows, side=side, **options), reference.encode_means(
+        rows, options["name"], options["center"], side
+    )
+
+
+def expected(x: Tensor, text: str, side: str, dtype: str = "float32") -> Any:
     """What the reference decodes from its own encoding: float64 [..., tokens, d]."""
-    source = x if name == "exact" else x.to(torch.float32)
-    data = reference.encode(numpy(source), name, side=side)
-    return reference.decode(data, name, side, x.shape[-1], x.shape[-2], dtype=dtype)
+    data, means = reference_bytes(x, text, side)
+    return reference.decode(data, named(text)["name"], side, x.shape[-1], x.shape[-2], dtype=dtype, mean=means)
 
 
 class Case:

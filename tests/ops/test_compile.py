@@ -28,7 +28,13 @@ def opcheck(operator: Any, arguments: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("exact", torch.bfloat16), ("q8_0", torch.float32), ("tq3", torch.float16)]
+    ("name", "dtype"),
+    [
+        ("exact", torch.bfloat16),
+        ("q8_0", torch.float32),
+        ("tq3:center=tile", torch.float16),
+        ("tcq3:center=mean,search", torch.float32),
+    ],
 )
 @pytest.mark.parametrize("shape", [(1, 1, 64, 64), (70, 128), (2, 3, 0, 64), (3, 2, 130, 256)])
 def test_opcheck_encode_decode(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -38,8 +44,7 @@ def test_opcheck_encode_decode(name: str, dtype: torch.dtype, shape: tuple[int, 
     for side in (0, 1):
         opcheck(OPS.encode.default, (x, number, side))
     opcheck(OPS.encode.default, (strided, number, 0))
-    data = ops.encode(x, number, 0)
-    opcheck(OPS.decode.default, (data, number, 0, shape[-2], shape[-1], dtype))
+    opcheck(OPS.decode.default, (*ops.encode(x, number, 0), number, 0, shape[-2], shape[-1], dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -53,6 +58,7 @@ CACHES = [
     {"batch": 1, "counts": (64,), "heads": 1},
     {"key_dim": 128, "value_dim": 64, "batch": 2, "counts": (64, 12, 64, 64, 64)},
     {"key": "exact", "value": "q4_0", "dtype": "float16", "batch": 2},
+    {"key": "tq3:center=tile", "value": "tcq2:center=mean", "key_dim": 64, "value_dim": 64},
     {"counts": (), "batch": 2},
 ]
 
@@ -85,10 +91,10 @@ def test_fakes_give_the_shapes_and_strides_of_the_operators() -> None:
     case = Case(cache, exact=5, queries=3)
     case.query = case.query.transpose(1, 2).contiguous().transpose(1, 2)
     x = torch.randn(2, 70, 64).transpose(0, 1).contiguous().transpose(0, 1)
-    data = ops.encode(x, code("tq4"), 1)
+    centred = code("tq4:center=tile")
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (OPS.encode, (x, code("tq4"), 1)),
-        (OPS.decode, (data, code("tq4"), 1, 70, 64, torch.float16)),
+        (OPS.encode, (x, centred, 1)),
+        (OPS.decode, (*ops.encode(x, centred, 1), centred, 1, 70, 64, torch.float16)),
         (OPS.rotate, (x, True)),
         (OPS.attend, tuple(case.arguments())),
     ]
@@ -96,7 +102,9 @@ def test_fakes_give_the_shapes_and_strides_of_the_operators() -> None:
         real = operator(*arguments)
         with FakeTensorMode() as mode:
             fake = operator(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments])
-        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+        pairs = zip(fake, real, strict=True) if isinstance(real, tuple) else [(fake, real)]
+        for a, b in pairs:
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -104,11 +112,14 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
-def test_compile_encode_decode_rotate() -> None:
+@pytest.mark.parametrize("center", ["none", "mean", "tile"])
+def test_compile_encode_decode_rotate(center: str) -> None:
+    centred = code(f"tq4:center={center}")
+
     def function(x: Tensor) -> tuple[Tensor, ...]:
-        data = ops.encode(x * 2, code("tq4"), 0)
-        dense = ops.decode(data, code("tq4"), 0, x.shape[-2], x.shape[-1], x.dtype)
-        return data, dense + 1, ops.rotate(x)
+        data, means = ops.encode(x * 2, centred, 0)
+        dense = ops.decode(data, means, centred, 0, x.shape[-2], x.shape[-1], x.dtype)
+        return data, means, dense + 1, ops.rotate(x)
 
     fast = compiled(function)
     for tokens in (64, 70, 200):  # the second call makes the number of tokens symbolic
@@ -172,4 +183,5 @@ def test_compile_attend_over_growing_exact_tokens() -> None:
 @pytest.mark.parametrize("name", reference.names())
 def test_compile_encode_of_every_codec(name: str) -> None:
     x = torch.randn(1, 64, 64)
-    assert torch.equal(compiled(ops.encode)(x, code(name), 1), ops.encode(x, code(name), 1))
+    for a, b in zip(compiled(ops.encode)(x, code(name), 1), ops.encode(x, code(name), 1), strict=True):
+        assert torch.equal(a, b)

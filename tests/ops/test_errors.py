@@ -15,6 +15,7 @@ from kvpack import ops
 from .helpers import Case, Implementation, code, make_cache, refuses, rows
 
 TQ4, EXACT = code("tq4"), code("exact")
+NONE = torch.zeros(0, 66, dtype=torch.uint8)  # no means
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,12 @@ TQ4, EXACT = code("tq4"), code("exact")
         (code("q8_0") | 1 << 8, "1"),
         (TQ4 | 1 << 16, "1"),
         (EXACT | 3 << 16, "3"),
+        (TQ4 | 3 << 24, "center 3"),
+        (code("q5_0") | 1 << 24, "center 1"),
+        (EXACT | 2 << 24, "center 2"),
+        (code("rq8_0") | 1 << 28, "search 1"),
+        (EXACT | 1 << 28, "search 1"),
+        (TQ4 | 1 << 29, "28th"),
     ],
 )
 def test_codec_codes(impl: Implementation, bad: int, named: str) -> None:
@@ -33,7 +40,7 @@ def test_codec_codes(impl: Implementation, bad: int, named: str) -> None:
     with refuses(impl, named):
         impl.encode(x, bad, 0)
     with refuses(impl, named):
-        impl.decode(torch.zeros(1, 4224, dtype=torch.uint8), bad, 0, 64, 64, torch.float32)
+        impl.decode(torch.zeros(1, 4224, dtype=torch.uint8), NONE, bad, 0, 64, 64, torch.float32)
     with pytest.raises(ValueError, match=named):
         ops.layout(bad, 64, TQ4, 64, 1)
     with pytest.raises(ValueError, match=named):
@@ -54,20 +61,27 @@ def test_encode(impl: Implementation) -> None:
 
 
 def test_decode(impl: Implementation) -> None:
-    data = impl.encode(torch.zeros(70, 64), TQ4, 0)
+    data, none = impl.encode(torch.zeros(70, 64), TQ4, 0)
     for tokens in (-1, 64, 129):
         with pytest.raises(ValueError, match=str(tokens)):
-            impl.decode(data, TQ4, 0, tokens, 64, torch.float32)
+            impl.decode(data, none, TQ4, 0, tokens, 64, torch.float32)
     with refuses(impl, str(data.shape[-1])):
-        impl.decode(data, TQ4, 0, 70, 128, torch.float32)
+        impl.decode(data, none, TQ4, 0, 70, 128, torch.float32)
     with refuses(impl, "72"):
-        impl.decode(data, TQ4, 0, 70, 72, torch.float32)
+        impl.decode(data, none, TQ4, 0, 70, 72, torch.float32)
     with refuses(impl):
-        impl.decode(data, TQ4, 0, 70, 64, torch.int32)
+        impl.decode(data, none, TQ4, 0, 70, 64, torch.int32)
     with refuses(impl):
-        impl.decode(data.to(torch.int16), TQ4, 0, 70, 64, torch.float32)
+        impl.decode(data.to(torch.int16), none, TQ4, 0, 70, 64, torch.float32)
     with refuses(impl):
-        impl.decode(data[0], TQ4, 0, 64, 64, torch.float32)
+        impl.decode(data[0], none, TQ4, 0, 64, 64, torch.float32)
+    centred = code("tq4:center=tile")
+    data, means = impl.encode(torch.zeros(70, 64), centred, 0)
+    for bad in (means[:1], means[:, :-1], means.to(torch.int8), none):
+        with refuses(impl, "means"):
+            impl.decode(data, bad, centred, 0, 70, 64, torch.float32)
+    with refuses(impl, "means"):
+        impl.decode(data, means, TQ4, 0, 70, 64, torch.float32)
 
 
 def test_rotate(impl: Implementation) -> None:

@@ -61,7 +61,7 @@ def test_the_defaults_serve_a_process_without_the_library() -> None:
         "import torch; from kvpack import ops\n"
         "assert not ops.native\n"
         "x = torch.ones(64, 64)\n"
-        "assert torch.equal(ops.decode(ops.encode(x, 0, 0), 0, 0, 64, 64, torch.float32), x)\n"
+        "assert torch.equal(ops.decode(*ops.encode(x, 0, 0), 0, 0, 64, 64, torch.float32), x)\n"
     )
     env = {"KVPACK_NO_NATIVE": "1", "PYTHONPATH": ":".join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-c", program], check=True, env=env, timeout=120)

@@ -125,5 +125,5 @@ def test_public_functions() -> None:
     ops.encode_pages(table, x, x, 0, layout)
     counts = torch.tensor([64], dtype=torch.int32)
     got = ops.decode_pages(table, counts, 0, layout, torch.float32)
-    want = DEFAULT.decode(DEFAULT.encode(x, code("tq4"), 0), code("tq4"), 0, 64, 64, torch.float32)
+    want = DEFAULT.decode(*DEFAULT.encode(x, code("tq4"), 0), code("tq4"), 0, 64, 64, torch.float32)
     torch.testing.assert_close(got, want)

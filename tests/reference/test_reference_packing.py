@@ -18,16 +18,17 @@ from kvpack.reference.packing import (
     unpack_scales,
 )
 
-SHAPES = [(bits, d) for bits in (8, 4, 3, 2) for d in (64, 80, 96, 112, 128, 256)]
-UNIT_DWORDS = {8: 1, 4: 2, 3: 8, 2: 4}
+SHAPES = [(bits, d) for bits in (8, 5, 4, 3, 2, 1) for d in (64, 80, 96, 112, 128, 256)]
+UNIT_DWORDS = {8: 1, 5: 8, 4: 2, 3: 8, 2: 4, 1: 8}
+LINES = {3: 3, 5: 5}
 
 
-def places(bits: int, side: str, d: int, token: int, dim: int) -> list[tuple[int, int]]:
+def places(bits: int, side: str, d: int, token: int, dim: int, stream: bool = False) -> list[tuple[int, int]]:
     """(byte, bit) of each bit of the code of (token, dim), lowest first: the formulas of the format."""
     lane, z = (token, dim) if side == "key" else (dim, token)
     lanes, depth = (64, d) if side == "key" else (d, 64)
     uv = UNIT_DWORDS[bits]
-    lines = 3 if bits == 3 else 1
+    lines = LINES.get(bits, 1)
     superblock = lane // 64
     blocks = min(4, (lanes - 64 * superblock) // 16)
     block, u, j = lane % 64 // 16, z // 4 // uv, z // 4 % uv
@@ -40,6 +41,10 @@ def places(bits: int, side: str, d: int, token: int, dim: int) -> list[tuple[int
     def byte(plane: int) -> int:
         return start + ((u * blocks + block) * lines + plane) * 64 + lane % 16 * 4 + z % 4
 
+    if bits == 5:  # low bits two by two, then a line of the high ones
+        return [*((byte(j // 2), 4 * (j % 2) + k) for k in range(4)), (byte(4), j)]
+    if bits == 3 and stream:  # 24 bits of eight codes
+        return [(byte((3 * j + k) // 8), (3 * j + k) % 8) for k in range(3)]
     if bits != 3:
         return [(byte(0), bits * j + k) for k in range(bits)]
     if j < 6:
@@ -56,15 +61,19 @@ def test_every_bit_has_its_own_place_and_none_is_left(bits: int, d: int, side: s
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("bits", "d"), SHAPES)
-def test_bytes_follow_the_formulas(bits: int, d: int, side: str) -> None:
+@pytest.mark.parametrize(
+    ("bits", "d", "stream"), [(*shape, False) for shape in SHAPES] + [(*shape, True) for shape in SHAPES if shape[0] < 5]
+)
+def test_bytes_follow_the_formulas(bits: int, d: int, stream: bool, side: str) -> None:
     codes = np.random.default_rng(bits * d).integers(0, 2**bits, (64, d), np.uint8)
     expected = np.zeros(8 * d * bits, np.uint8)
     for token in range(64):
         for dim in range(d):
-            for k, (byte, bit) in enumerate(places(bits, side, d, token, dim)):
+            for k, (byte, bit) in enumerate(places(bits, side, d, token, dim, stream)):
                 expected[byte] |= (int(codes[token, dim]) >> k & 1) << bit
-    np.testing.assert_array_equal(pack_codes(codes, bits, side), expected)
+    packed = pack_codes(codes, bits, side, stream)
+    np.testing.assert_array_equal(packed, expected)
+    np.testing.assert_array_equal(unpack_codes(packed, bits, side, d, stream), codes)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -112,8 +121,8 @@ def test_elements_are_dim_major_for_keys_and_token_major_for_values(dtype: type)
 
 def test_bad_arguments_are_refused() -> None:
     codes = np.zeros((64, 64), np.uint8)
-    with pytest.raises(ValueError, match="5 bits per code are not supported"):
-        pack_codes(codes, 5, "key")
+    with pytest.raises(ValueError, match="6 bits per code are not supported"):
+        pack_codes(codes, 6, "key")
     with pytest.raises(ValueError, match="side 'k'"):
         pack_codes(codes, 4, "k")
     with pytest.raises(ValueError, match="head size 72 is not a multiple of 16"):

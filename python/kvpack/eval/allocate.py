@@ -199,7 +199,8 @@ def allocate(
         raise ValueError(f"{type(inner).__name__} has no full-attention layer to pack")
     bytes_of = {(c, side): _tile_bytes(c, side, size, sinks) for c in names for side in SIDES}
     width = {codec: specs.of_cache(codec, "value", sinks).bits(size, "value") for codec in names}
-    smallest = min(width.values())
+    least = sum(min(bytes_of[codec, side] for codec in names) for side in SIDES)
+    smallest = 8 * least / (len(SIDES) * specs.TILE * size)
     if bits < smallest:
         raise ValueError(f"bits={bits} is below the smallest codec of the ladder, which takes {smallest:.3f}")
     probe = min(names, key=lambda codec: width[codec]) if probe is None else str(specs.parse(probe))

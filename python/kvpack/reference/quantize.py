@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from .blocks import block_levels, blocks_quantize, rotated_blocks_quantize
 from .codebooks import CODEBOOKS
-from .lloyd_max import lloyd_max_levels, lloyd_max_quantize
 from .rotated import SCALE_RULES, Mean, mean_of
 from .rotation import rotate
 from .tcq import tcq_levels, tcq_quantize
+from .tq import lloyd_max_levels, lloyd_max_quantize
 
 __all__ = [
     "CENTERS",
@@ -163,7 +163,7 @@ def _fp16(wide: F32, what: Callable[[NDArray[np.intp]], str]) -> F16:
         scales: F16 = wide.astype(np.float16)
     if not np.isfinite(scales).all():
         where = np.argwhere(~np.isfinite(scales))[0]
-        raise ValueError(f"{what(where)} {wide[tuple(where)]:.4g} does not fit in fp16 (65504)")
+        raise ValueError(f"{what(where)} {wide[tuple(where)]:.4g}, does not fit in fp16 (65504)")
     return scales
 
 
