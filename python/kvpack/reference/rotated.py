@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .normalise import lanes16_sum, normalise
 from .hadamard import hadamard_transform
+from .normalise import lanes16_sum, normalise
 from .rotation import signs
 
 __all__ = ["GAINS", "SCALE_RULES", "Match", "Mean", "Rotated", "match", "mean_of", "squared_error", "to_rotated"]
@@ -116,7 +116,8 @@ def match(x: Rotated, q: NDArray[np.int8], unit: float) -> Match:
 
 def squared_error(scale: F32, m: Match) -> F32:
     """|x' - scale q|^2 - |x'|^2."""
-    return (scale * m.cc - np.float32(2) * m.xc) * scale
+    error: F32 = np.multiply(scale * m.cc - (m.xc + m.xc), scale, dtype=np.float32)
+    return error
 
 
 def _stored(m: Match) -> F32:
