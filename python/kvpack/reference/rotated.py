@@ -116,8 +116,8 @@ def match(x: Rotated, q: NDArray[np.int8], unit: float) -> Match:
 
 def squared_error(scale: F32, m: Match) -> F32:
     """|x' - scale q|^2 - |x'|^2."""
-    error: F32 = np.multiply(scale * m.cc - (m.xc + m.xc), scale, dtype=np.float32)
-    return error
+    error = (scale * m.cc - (m.xc + m.xc)) * scale
+    return error.astype(np.float32, copy=False)
 
 
 def _stored(m: Match) -> F32:
