@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from kvpack import ops
+from kvpack import ops, reference
 
-from .helpers import DTYPES, Case, Implementation, make_cache, rows
+from .helpers import DTYPES, Case, Implementation, make_cache, quick_or_full, rows
+
+CODECS = reference.CODECS
+CENTRED = [
+    (f"tq4:center={key}", f"{value}:center={center}")
+    for key, center in (("tile", "mean"), ("mean", "tile"), ("tile", "none"), ("none", "mean"))
+    for value in ("tq3", "tcq2", "rq4_0")
+]
 
 
 def check(impl: Implementation, case: Case) -> None:
@@ -53,6 +60,25 @@ def check(impl: Implementation, case: Case) -> None:
 def test_codecs(impl: Implementation, key: str, value: str, dk: int, dv: int, dtype: str) -> None:
     cache = make_cache(key, value, key_dim=dk, value_dim=dv, batch=2, counts=(64,) * 5, dtype=dtype)
     check(impl, Case(cache, sinks=4, exact=70, queries=2, causal=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("d", [64, *(quick_or_full(d, (80,)) for d in reference.HEAD_SIZES[1:])])
+@pytest.mark.parametrize("name", CODECS)
+def test_every_codec_on_either_side(impl: Implementation, name: str, d: int) -> None:
+    for key, value in ((name, "tq4"), ("tq4", name)):
+        cache = make_cache(key, value, key_dim=d, value_dim=d, counts=(64, 64, 30))
+        check(impl, Case(cache, sinks=2, exact=20))
+
+
+@pytest.mark.parametrize(("key", "value"), [*CENTRED, ("tcq4:center=tile", "tcq1:center=tile")])
+def test_centred(impl: Implementation, key: str, value: str) -> None:
+    """Tokens with an offset of twice their size, over a page and a part of the next; all that changes scores."""
+    cache = make_cache(key, value, key_dim=64, value_dim=80, batch=2, counts=(64, 64, 64, 20, 64, 64), shift=4.0)
+    logits = torch.tensor([0.5, -3.0, 20.0, 4.0])
+    check(impl, Case(cache, sinks=4, exact=30, queries=3, causal=True))
+    check(impl, Case(cache, sinks=2, exact=9, softcap=5.0))
+    check(impl, Case(cache, exact=9, queries=2, sink_logits=logits, rows=rows((0, 0), (70, 0))))
+    check(impl, Case(cache, query_heads=14, queries=5, sink_logits=logits[:1].repeat(14), softcap=2.0))
 
 
 @pytest.mark.parametrize("group", [1, 2, 7])

@@ -8,32 +8,92 @@ import torch
 
 from kvpack import ops, reference
 
-from .helpers import DEFAULT, DTYPES, Implementation, code, make_cache, new_page, numpy, refuses
+from .helpers import (
+    DEFAULT,
+    DTYPES,
+    Implementation,
+    code,
+    expected,
+    make_cache,
+    named,
+    new_page,
+    reference_bytes,
+    refuses,
+    slow,
+)
 
 PAIRS = [("tq4", "tq3"), ("q8_0", "tq2"), ("exact", "q4_0"), ("tq3", "exact"), ("tq4", "tq4")]
+EVERY = [*((name, "tq4") for name in reference.CODECS), *(("tq4", name) for name in reference.CODECS)]
+CENTRED = [
+    ("tq4:center=tile", "tq3:center=mean"),
+    ("tq1:center=mean", "rq8_0:center=tile"),
+    ("tcq3:center=mean", "q5_0"),
+    ("q8_0", "tqr3:center=mean,search"),
+    ("rq4_0:center=tile", "tcq2:center=tile"),
+]
+
+
+def check_bytes(impl: Implementation, key: str, value: str, dtype: str, counts: tuple[int, ...]) -> None:
+    """Every byte of the pages: what the reference says, and where it says nothing, what was there."""
+    cache = make_cache(
+        key, value, key_dim=128, value_dim=64, batch=2, counts=counts, dtype=dtype, encode=impl.encode_pages, shift=3.0
+    )
+    key_data, key_means = reference_bytes(cache.keys, key, "key")
+    value_data, value_means = reference_bytes(cache.values, value, "value")
+    sizes = reference.sections(named(key)["name"], 128, dtype), reference.sections(named(value)["name"], 64, dtype)
+    records = reference.join_record(key_data, value_data, *sizes)
+    pages = cache.table.shape[1]
+    for row in range(2):
+        means = [(named(key)["center"], key_means[row]), (named(value)["center"], value_means[row])]
+        want = reference.join_pages(records[row], reference.join_means(pages, means))
+        ones = [(center, np.ones_like(mean)) for center, mean in means]
+        written = reference.join_pages(np.ones_like(records[row]), reference.join_means(pages, ones))
+        got = np.stack([cache.page(row, page).numpy() for page in range(pages)])
+        np.testing.assert_array_equal(got, np.where(written, want, 0xA5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("key", "value"), PAIRS)
 def test_pages_hold_the_bytes_of_the_reference(impl: Implementation, key: str, value: str, dtype: str) -> None:
-    counts = (64,) * 6
-    cache = make_cache(
-        key, value, key_dim=128, value_dim=64, batch=2, counts=counts, dtype=dtype, encode=impl.encode_pages
-    )
-    sides = [
-        reference.encode(numpy(x if name == "exact" else x.float()), name, side=side)
-        for x, name, side in ((cache.keys, key, "key"), (cache.values, value, "value"))
-    ]
-    sizes = (reference.sections(key, 128, dtype), reference.sections(value, 64, dtype))
-    records = reference.join_record(sides[0], sides[1], sizes[0], sizes[1])
-    unused = ops.PAGE_TILES * 2 - len(counts)
-    for row in range(2):
-        want = reference.join_pages(records[row])
-        got = np.stack([cache.page(row, page).numpy() for page in range(2)])
-        view = got.reshape(2, 2, ops.PAGE_TILES, -1)
-        assert (view[1, :, -unused:] == 0xA5).all()  # nothing but the tiles was written
-        view[1, :, -unused:] = 0
-        np.testing.assert_array_equal(got, want)
+    check_bytes(impl, key, value, dtype, (64,) * 6)
+
+
+@pytest.mark.parametrize(("key", "value"), [*EVERY, *CENTRED])
+def test_pages_of_every_codec(impl: Implementation, key: str, value: str) -> None:
+    check_bytes(impl, key, value, "float32", (64,) * (2 if slow(key) or slow(value) else 5))
+
+
+@pytest.mark.parametrize(("key", "value"), CENTRED)
+def test_pages_in_several_calls(impl: Implementation, key: str, value: str) -> None:
+    """The mean of a row is frozen by its first tile with a token, whichever call brings it; of one head here late."""
+    whole = make_cache(key, value, key_dim=64, value_dim=64, counts=(64,) * 9, batch=2, encode=lambda *_: None, shift=3)
+    parts = make_cache(key, value, key_dim=64, value_dim=64, counts=(64,) * 9, batch=2, encode=lambda *_: None, shift=3)
+    for x in (whole.keys, whole.values):
+        x[1, 0, : 4 * 64] = 0.0  # all of the first page
+    impl.encode_pages(whole.table, whole.keys, whole.values, 0, whole.layout)
+    for first, last in ((0, 1), (1, 3), (3, 6), (6, 9)):
+        keys, values = (x[:, :, 64 * first : 64 * last] for x in (whole.keys, whole.values))
+        impl.encode_pages(parts.table, keys, values, first, parts.layout)
+    for a, b in zip(whole.memory, parts.memory, strict=True):
+        assert torch.equal(a, b)
+    for side, (text, x) in enumerate(((key, whole.keys), (value, whole.values))):
+        got = impl.decode_pages(parts.table, parts.counts, side, parts.layout, torch.float32)
+        want = torch.from_numpy(expected(x, text, ("key", "value")[side]))
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=4e-6)
+        assert not got[1, 0, : 4 * 64].any()
+
+
+def test_a_mean_that_is_frozen_within_a_page(impl: Implementation) -> None:
+    """Tiles of zeros before it, of a call of their own: padding, which nothing reads. What follows is right."""
+    text = "tq4:center=mean"
+    cache = make_cache(text, text, key_dim=64, value_dim=64, counts=(64,) * 6, encode=lambda *_: None, shift=3)
+    cache.keys[:, :, :64] = 0.0
+    for first, last in ((0, 1), (1, 2), (2, 6)):
+        keys, values = (x[:, :, 64 * first : 64 * last] for x in (cache.keys, cache.values))
+        impl.encode_pages(cache.table, keys, values, first, cache.layout)
+    got = impl.decode_pages(cache.table, cache.counts, 0, cache.layout, torch.float32)[:, :, 64:]
+    plain = torch.from_numpy(expected(cache.keys[:, :, 64:], text, "key"))  # the first tile with tokens comes first
+    torch.testing.assert_close(got.double(), plain, rtol=1e-6, atol=4e-6)
 
 
 def test_first_tile_and_strides(impl: Implementation) -> None:
@@ -58,7 +118,7 @@ def test_no_tiles_write_nothing(impl: Implementation) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("key", "value"), PAIRS)
+@pytest.mark.parametrize(("key", "value"), [*PAIRS, *CENTRED])
 def test_decode_pages(impl: Implementation, key: str, value: str, dtype: str) -> None:
     cache = make_cache(key, value, key_dim=64, value_dim=128, batch=2, counts=(64, 10, 64, 64, 1, 33), dtype=dtype)
     assert cache.packed is not None

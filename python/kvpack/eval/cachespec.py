@@ -151,7 +151,7 @@ class CacheSpec:
         layers: the packed ones, over which a policy's mean is taken (numbers, or how many); codecs that are the
         same everywhere need none.
         """
-        policy = self.policy or Policy(self.key, self.value_codec)
+        policy = self.policy or Policy(self.key, self.value_codec, sinks=self.sinks)
         if not policy.is_uniform and layers == 1:
             raise ValueError(f"bits of policy {policy.label!r} are a mean over layers: say which, bits(..., layers=)")
         return policy.bits(head_dim, layers, value_dim)
