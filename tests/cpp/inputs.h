@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "check.h"
 #include "kvpack/codec.h"
 
 namespace inputs {
@@ -61,34 +62,83 @@ class Bytes {
   uint8_t* data_;
 };
 
-// One side of one tile, standing alone.
+// One side of one tile, standing alone, with a mean of its own where it is centred.
 struct Tile {
   SideLayout layout;
-  Bytes bytes;
-  Tile(int64_t codec, int32_t head_dim, Side side) : layout(layout_of(codec, head_dim, side)), bytes(layout.bytes()) {}
+  Bytes bytes, mean;
+  Tile(int64_t codec, int32_t head_dim, Side side)
+      : layout(layout_of(codec, head_dim, side)),
+        bytes(layout.bytes()),
+        mean(layout.center == Center::none ? 0 : layout.mean_bytes()) {}
   TileSide sections() {
-    return {bytes.data() + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<uint16_t*>(bytes.data())};
+    TileSide out{bytes.data() + layout.scale_bytes, reinterpret_cast<uint16_t*>(bytes.data())};
+    if (layout.center != Center::none) {
+      out.mean = reinterpret_cast<int8_t*>(mean.data());
+      out.mean_scale = reinterpret_cast<uint16_t*>(mean.data() + layout.head_dim);
+    }
+    return out;
   }
   ConstTileSide read() const {
-    return {bytes.data() + layout.scale_bytes + layout.mean_bytes, reinterpret_cast<const uint16_t*>(bytes.data())};
+    const TileSide side = const_cast<Tile*>(this)->sections();
+    return {side.codes, side.scales, side.mean, side.mean_scale};
   }
+  bool operator==(const Tile& other) const { return bytes == other.bytes && mean == other.mean; }
 };
 
-inline int64_t code_of(int32_t id, Rule rule = Rule::stored, Dtype dtype = Dtype::f32) {
-  return id | static_cast<int64_t>(rule) << 8 | static_cast<int64_t>(dtype) << 16;
+inline int64_t code_of(int32_t id, Rule rule = Rule::stored, Dtype dtype = Dtype::f32, Center center = Center::none,
+                       bool search = false) {
+  return id | static_cast<int64_t>(rule) << 8 | static_cast<int64_t>(dtype) << 16 | static_cast<int64_t>(center) << 24 |
+         static_cast<int64_t>(search) << 28;
 }
 
-// Every codec code of the registry: each rule of rotated codecs, each dtype of `exact`.
+inline const CodecInfo& info_of(int64_t code) { return codecs()[static_cast<size_t>(code & 0xff)]; }
+
+// A codec as it is used where nothing else is said, with options.
+inline int64_t default_code(const CodecInfo& info, Dtype dtype = Dtype::f32, Center center = Center::none,
+                            bool search = false) {
+  return code_of(info.id, info.scale_rules ? Rule::norm : Rule::stored, info.bits == 0 ? dtype : Dtype::f32,
+                 info.rotated ? center : Center::none, info.scale_rules && search);
+}
+
+// Every codec with every scale rule, and every dtype of `exact`.
 inline std::vector<int64_t> codec_codes() {
   std::vector<int64_t> all;
   for (const CodecInfo& c : codecs())
-    for (int32_t option = 0; option < (c.rotated ? 4 : c.bits == 0 ? 3 : 1); ++option)
+    for (int32_t option = 0; option < (c.scale_rules ? 4 : c.bits == 0 ? 3 : 1); ++option)
       all.push_back(c.bits == 0 ? code_of(c.id, Rule::stored, static_cast<Dtype>(option))
                                 : code_of(c.id, static_cast<Rule>(option)));
   return all;
 }
 
-inline const CodecInfo& info_of(int64_t code) { return codecs()[static_cast<size_t>(code & 0xff)]; }
+// Centring and the search of the scale, on the codecs that have them; `some`: each option on each codec once.
+inline std::vector<int64_t> option_codes(bool some) {
+  std::vector<int64_t> all;
+  for (const CodecInfo& c : codecs())
+    for (const Center center : {Center::none, Center::mean, Center::tile})
+      for (const bool search : {false, true}) {
+        if ((center != Center::none && !c.rotated) || (search && !c.scale_rules)) continue;
+        if ((center == Center::none && !search) || (some && search != (center == Center::mean) && c.scale_rules))
+          continue;
+        for (int32_t rule = 0; rule < (c.scale_rules ? 4 : 1); ++rule)
+          if (!some || rule == (c.scale_rules ? (c.id + static_cast<int32_t>(center)) % 4 : 0))
+            all.push_back(code_of(c.id, static_cast<Rule>(rule), Dtype::f32, center, search));
+      }
+  return all;
+}
+
+// Both lists; `all`: every combination of options.
+inline std::vector<int64_t> codes_with_options(bool all) {
+  auto codes = codec_codes();
+  for (const int64_t code : option_codes(!all)) codes.push_back(code);
+  return codes;
+}
+
+// Whether a test that loops over codec codes and head sizes leaves this one out. Searching a trellis takes long: of the
+// scale rules, which matter after the search only, and of the options, one head size each, unless everything is wanted.
+inline bool skip(int64_t code, int32_t d) {
+  if (check::full() || !info_of(code).trellis) return false;
+  return check::slow() ? d != 80 : code != default_code(info_of(code)) && d != 80;
+}
 
 // The dtype in which a codec takes its input here: the tile's own for `exact`, float32 else.
 inline Dtype input_dtype(int64_t code) { return info_of(code).bits == 0 ? CodecCode::unpack(code).dtype : Dtype::f32; }
@@ -100,13 +150,14 @@ inline std::vector<uint8_t> elements(const std::vector<float>& x, Dtype dtype) {
   return out;
 }
 
-// Encodes rows of float32, rounded to what the codec takes.
+// Encodes rows of float32, rounded to what the codec takes. The mean of a row is that of this tile.
 inline Tile encode(const std::vector<float>& x, int64_t code, int32_t d, Side side, int32_t tokens = kTile) {
   Tile tile(code, d, side);
   const Dtype dtype = input_dtype(code);
   const auto rows = elements(x, dtype);
-  encode_tile({rows.data(), dtype, static_cast<ptrdiff_t>(d) * dtype_bytes(dtype)}, tokens, code, d, side,
-              tile.sections(), 0);
+  const Vectors vectors{rows.data(), dtype, static_cast<ptrdiff_t>(d) * dtype_bytes(dtype)};
+  if (tile.layout.center == Center::mean) encode_mean(vectors, tokens, code, d, side, tile.sections(), 0);
+  encode_tile(vectors, tokens, code, d, side, tile.sections(), 0);
   return tile;
 }
 

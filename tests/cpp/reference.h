@@ -1,10 +1,12 @@
 // Decoding in double precision, from the words of the format alone: field positions, levels and signs are written here
-// a second time, and the rotation is a dense Hadamard matrix. Shares no code with csrc but the type names.
+// a second time, and the rotation is a dense Hadamard matrix. Shares no code with csrc but the type names and, as data,
+// the trained levels of the trellis codecs.
 #pragma once
 #include <Eigen/Core>
 #include <bit>
 #include <map>
 
+#include "codecs/trellis.h"
 #include "inputs.h"
 
 namespace reference {
@@ -12,42 +14,43 @@ namespace reference {
 using namespace kvpack;
 using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-// Where the bits of one code lie: up to three bits, least significant first, as bit numbers in the code section.
+// Where the bits of one code lie: up to eight bits, least significant first, as bit numbers in the code section.
 struct Field {
   int count;
   size_t bit[8];
 };
 
-inline Field field_of(int bits, Side side, int head_dim, int token, int dim) {
+// stream: codes of 3 bits one after the other, those of a trellis.
+inline Field field_of(int bits, Side side, int head_dim, int token, int dim, bool stream = false) {
   const int lane = side == Side::key ? token : dim, depth = side == Side::key ? dim : token;
   const int lanes = side == Side::key ? 64 : head_dim, depths = side == Side::key ? head_dim : 64;
-  const int dwords = bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8, planes = bits == 3 ? 3 : 1;
+  const int dwords = bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8, planes = bits == 3 || bits == 5 ? bits : 1;
   const int units = depths / (4 * dwords), whole = units * 4 * dwords;
   const int superblock = lane / 64, block = lane % 64 / 16, blocks = std::min(4, (lanes - 64 * superblock) / 16);
   // Past the whole units, a pair of lane blocks has one unit: the even block its dwords 0..3, the odd one 4..7.
   const bool shared = depth >= whole;
   const int unit = depth / 4 / dwords, j = shared ? (depth - whole) / 4 + block % 2 * 4 : depth / 4 % dwords;
-  const auto byte = [&](int plane) {
+  const auto bit = [&](int plane, int of_byte) {
     const int line = (unit * blocks + (shared ? block / 2 : block)) * planes + plane;
-    return static_cast<size_t>(superblock) * static_cast<size_t>(64 * depths * bits / 8) +
-           static_cast<size_t>(line * 64 + lane % 16 * 4 + depth % 4);
+    const size_t byte = static_cast<size_t>(superblock) * static_cast<size_t>(64 * depths * bits / 8) +
+                        static_cast<size_t>(line * 64 + lane % 16 * 4 + depth % 4);
+    return byte * 8 + static_cast<size_t>(of_byte);
   };
   Field f{bits, {}};
   for (int i = 0; i < bits; ++i) {
-    if (bits != 3) {
-      f.bit[i] = byte(0) * 8 + static_cast<size_t>(bits * j + i);
-    } else if (j < 6) {
-      f.bit[i] = byte(j / 2) * 8 + static_cast<size_t>(3 * (j % 2) + i);
-    } else {
-      const int of_six = 3 * (j - 6) + i;
-      f.bit[i] = byte(of_six / 2) * 8 + static_cast<size_t>(6 + of_six % 2);
-    }
+    const int of_run = bits * j + i, of_six = 3 * (j - 6) + i;
+    if (bits == 5)
+      f.bit[i] = i == 4 ? bit(4, j) : bit(j / 2, 4 * (j % 2) + i);
+    else if (bits != 3 || stream)
+      f.bit[i] = bit(of_run / 8, of_run % 8);
+    else
+      f.bit[i] = j < 6 ? bit(j / 2, 3 * (j % 2) + i) : bit(of_six / 2, 6 + of_six % 2);
   }
   return f;
 }
 
-inline int code_at(const uint8_t* codes, int bits, Side side, int head_dim, int token, int dim) {
-  const Field f = field_of(bits, side, head_dim, token, dim);
+inline int code_at(const uint8_t* codes, int bits, Side side, int head_dim, int token, int dim, bool stream = false) {
+  const Field f = field_of(bits, side, head_dim, token, dim, stream);
   int code = 0;
   for (int i = 0; i < f.count; ++i) code |= (codes[f.bit[i] / 8] >> (f.bit[i] % 8) & 1) << i;
   return code;
@@ -68,13 +71,54 @@ inline double element(const uint8_t* at, Dtype dtype) {
   return std::bit_cast<float>(dtype == Dtype::bf16 ? bits << 16 : bits);
 }
 
-inline double level(int32_t id, int code) {
-  static const int tq2[] = {30, 100}, tq3[] = {10, 31, 55, 88}, tq4[] = {5, 15, 25, 36, 48, 62, 79, 104};
-  if (id == 1) return code - 128;
-  if (id == 2) return code - 8;
-  const int* positive = id == 3 ? tq2 : id == 4 ? tq3 : tq4;
-  const int middle = 1 << (id - 2);
-  return code >= middle ? positive[code - middle] : -positive[middle - 1 - code];
+// Levels of codecs without a trellis.
+inline double level(const CodecInfo& info, int code) {
+  static const std::map<std::string_view, std::vector<int>> positive{{"tq1", {100}},
+                                                                     {"tq2", {30, 100}},
+                                                                     {"tq3", {10, 31, 55, 88}},
+                                                                     {"tqr3", {7, 29, 49, 71}},
+                                                                     {"tq4", {5, 15, 25, 36, 48, 62, 79, 104}}};
+  const int middle = 1 << (info.bits - 1);
+  const auto book = positive.find(info.name);
+  if (book == positive.end()) return code - middle;
+  return code >= middle ? book->second[static_cast<size_t>(code - middle)]
+                        : -book->second[static_cast<size_t>(middle - 1 - code)];
+}
+
+inline const int8_t* trellis_levels(int bits) {
+  return (bits == 1 ? kTcq1Levels : bits == 2 ? kTcq2Levels : bits == 3 ? kTcq3Levels : kTcq4Levels).level[0];
+}
+
+// Levels of one side of a tile, [64][head_dim]. The codes of a lane make a circle of bits, in the order of depths 0, 4,
+// 8, ..., 1, 5, 9, ...; a level is looked up with the seven bits before the last one of its code, and is negative where
+// that last bit and the one before the seven differ.
+inline Matrix trellis(const uint8_t* codes, int bits, Side side, int d) {
+  const int depths = side == Side::key ? d : kTile, lanes = side == Side::key ? kTile : d;
+  const int8_t* table = trellis_levels(bits);
+  Matrix out(kTile, d);
+  std::vector<int> circle(static_cast<size_t>(depths * bits));
+  for (int lane = 0; lane < lanes; ++lane) {
+    const auto each = [&](auto&& body) {
+      int step = 0;
+      for (int column = 0; column < 4; ++column)
+        for (int depth = column; depth < depths; depth += 4, ++step)
+          side == Side::key ? body(step, lane, depth) : body(step, depth, lane);
+    };
+    each([&](int step, int token, int dim) {
+      const int code = code_at(codes, bits, side, d, token, dim, true);
+      for (int i = 0; i < bits; ++i) circle[static_cast<size_t>(step * bits + i)] = code >> i & 1;
+    });
+    each([&](int step, int token, int dim) {
+      const int last = step * bits + bits - 1;
+      const auto back = [&](int n) {
+        return circle[static_cast<size_t>((last - n + depths * bits) % (depths * bits))];
+      };
+      int index = 0;
+      for (int n = 1; n <= 7; ++n) index = index * 2 + back(n);
+      out(token, dim) = back(0) != back(8) ? -table[index] : table[index];
+    });
+  }
+  return out;
 }
 
 // Whether a is a square modulo the prime q, by Euler's criterion: 1, -1, or 0 for multiples of q.
@@ -118,16 +162,19 @@ inline const Matrix& rotation(int d) {
 inline Matrix decode(const ConstTileSide& tile, int64_t codec, int d, Side side) {
   const CodecCode code = CodecCode::unpack(codec);
   const CodecInfo& info = inputs::info_of(codec);
+  const int per_scale = info.scale_block == 0 ? d : info.scale_block;
   Matrix x(kTile, d);
+  if (info.trellis) x = trellis(tile.codes, info.bits, side, d);
   for (int t = 0; t < kTile; ++t)
     for (int i = 0; i < d; ++i) {
       if (info.bits == 0) {
         const int at = side == Side::key ? i * kTile + t : t * d + i;
         x(t, i) = element(tile.codes + at * dtype_bytes(code.dtype), code.dtype);
-      } else {
-        const int block = info.rotated ? 0 : i / 32;
-        x(t, i) = half(tile.scales[block * kTile + t]) * level(code.id, code_at(tile.codes, info.bits, side, d, t, i));
+        continue;
       }
+      if (!info.trellis) x(t, i) = level(info, code_at(tile.codes, info.bits, side, d, t, i));
+      x(t, i) *= half(tile.scales[i / per_scale * kTile + t]);
+      if (code.center != Center::none) x(t, i) += half(*tile.mean_scale) * tile.mean[i];
     }
   return info.rotated ? Matrix(x * rotation(d)) : x;
 }

@@ -11,19 +11,23 @@ namespace {
 using namespace kvpack;
 constexpr Side kSides[] = {Side::key, Side::value};
 
+// Widths, and whether codes of 3 bits are a stream.
+constexpr std::pair<int, bool> kWidths[] = {{1, false}, {2, false}, {3, false}, {3, true},
+                                            {4, false}, {5, false}, {8, false}};
+
 }  // namespace
 
 TEST(every_bit_belongs_to_one_code) {
-  for (const int bits : {2, 3, 4, 8})
+  for (const auto& [bits, stream] : kWidths)
     for (const int d : kHeadDims)
       for (const Side side : kSides) {
         const check::Context context("bits ", bits, " head_dim ", d, " side ", static_cast<int>(side));
-        const size_t bytes = side_layout(bits, 1, d, side, Dtype::f32).code_bytes;
+        const size_t bytes = side_layout(bits, 1, d, side, Dtype::f32, Center::none).code_bytes;
         CHECK_EQ(bytes, static_cast<size_t>(kTile * d * bits / 8));
         std::vector<int> owners(bytes * 8, 0);
         for (int token = 0; token < kTile; ++token)
           for (int dim = 0; dim < d; ++dim) {
-            const reference::Field f = reference::field_of(bits, side, d, token, dim);
+            const reference::Field f = reference::field_of(bits, side, d, token, dim, stream);
             CHECK_EQ(f.count, bits);
             for (int i = 0; i < f.count; ++i)
               if (CHECK_LT(f.bit[i], owners.size())) ++owners[f.bit[i]];
@@ -35,7 +39,7 @@ TEST(every_bit_belongs_to_one_code) {
 }
 
 TEST(lines_cover_the_code_section_once) {
-  for (const int bits : {2, 3, 4, 8})
+  for (const int bits : {1, 2, 3, 4, 5, 8})
     for (const int lanes : kHeadDims)  // also head sizes whose last superblock is not full
       for (const int depth : kHeadDims) {
         if (lanes != kTile && depth != kTile) continue;
@@ -43,7 +47,7 @@ TEST(lines_cover_the_code_section_once) {
         const CodeGrid grid{bits, lanes, depth};
         const auto total = static_cast<size_t>(lanes * depth * bits / 8 / kLine);
         CHECK_EQ(grid.units() * unit_dwords(bits) * 4 + (grid.shares() ? 16 : 0), depth);
-        CHECK_EQ(grid.shares(), bits == 3 && depth % 32 != 0);
+        CHECK_EQ(grid.shares(), (bits == 1 || bits == 3 || bits == 5) && depth % 32 != 0);
         std::vector<int> seen(total, 0);
         int blocks = 0;
         for (int sb = 0; sb < grid.superblocks(); ++sb) {
@@ -69,10 +73,10 @@ TEST(lines_cover_the_code_section_once) {
 }
 
 TEST(lines_are_where_the_fields_are) {
-  for (const int bits : {2, 3, 4, 8})
+  for (const auto& [bits, stream] : kWidths)
     for (const int d : kHeadDims)
       for (const Side side : kSides) {
-        const CodeGrid grid = side_layout(bits, 1, d, side, Dtype::f32).grid();
+        const CodeGrid grid = side_layout(bits, 1, d, side, Dtype::f32, Center::none).grid();
         int64_t wrong = 0;
         for (int token = 0; token < kTile; ++token)
           for (int dim = 0; dim < d; ++dim) {
@@ -80,7 +84,7 @@ TEST(lines_are_where_the_fields_are) {
             const int unit = depth / 4 / unit_dwords(bits);
             const size_t line = unit < grid.units() ? grid.line(lane / 64, unit, lane % 64 / 16)
                                                     : grid.shared_line(lane / 64, lane % 64 / 32);
-            const reference::Field f = reference::field_of(bits, side, d, token, dim);
+            const reference::Field f = reference::field_of(bits, side, d, token, dim, stream);
             for (int i = 0; i < f.count; ++i) {
               const size_t byte = f.bit[i] / 8;
               wrong += byte < line || byte >= line + static_cast<size_t>(unit_lines(bits) * kLine) ||
@@ -93,30 +97,59 @@ TEST(lines_are_where_the_fields_are) {
 }
 
 TEST(sections_of_records) {
-  for (const int64_t key : inputs::codec_codes())
-    for (const int64_t value : inputs::codec_codes())
+  const auto codes = inputs::codes_with_options(false);
+  for (const int64_t key : codes)
+    for (const int64_t value : codes)
       for (const int64_t dk : kHeadDims)
         for (const int64_t dv : kHeadDims) {
+          if (!check::full() && dk != dv && dk != 80) continue;
           const check::Context context("key ", key, " ", dk, " value ", value, " ", dv);
           const PageLayout layout{key, dk, value, dv, 3};
           const RecordLayout r = layout.record();
           const auto scales = [](int64_t code, int64_t d) {
             const CodecInfo& info = inputs::info_of(code);
-            return static_cast<size_t>(info.bits == 0 ? 0 : (info.rotated ? 1 : (d + 31) / 32) * 128);
+            return static_cast<size_t>(info.bits == 0 ? 0 : (info.scale_block == 0 ? 1 : (d + 31) / 32) * 128);
           };
-          const auto codes = [](int64_t code, int64_t d) {
+          const auto sizes = [](int64_t code, int64_t d) {
             const CodecInfo& info = inputs::info_of(code);
             return static_cast<size_t>(
                 64 * d * (info.bits == 0 ? 8 * dtype_bytes(CodecCode::unpack(code).dtype) : info.bits) / 8);
           };
           CHECK_EQ(r.key_scales(), size_t{0});
           CHECK_EQ(r.value_scales(), scales(key, dk));
-          CHECK_EQ(r.key_mean(), scales(key, dk) + scales(value, dv));
-          CHECK_EQ(r.value_mean(), r.key_mean());
-          CHECK_EQ(r.key_codes(), r.key_mean());
-          CHECK_EQ(r.value_codes(), r.key_codes() + codes(key, dk));
-          CHECK_EQ(r.bytes(), r.value_codes() + codes(value, dv));
+          CHECK_EQ(r.key_codes(), r.value_scales() + scales(value, dv));
+          CHECK_EQ(r.value_codes(), r.key_codes() + sizes(key, dk));
+          CHECK_EQ(r.bytes(), r.value_codes() + sizes(value, dv));
           CHECK_EQ(r.bytes() % kLine, size_t{0});
-          CHECK_EQ(layout.page_bytes(), 3 * kPageTiles * r.bytes());
+          CHECK_EQ(r.means(), 4 * r.bytes());
+          CHECK_EQ(r.head_bytes() % kLine, size_t{0});
+          CHECK_EQ(layout.page_bytes(), 3 * r.head_bytes());
+        }
+}
+
+TEST(means_follow_the_records) {
+  const auto means = [](Center c) { return c == Center::tile ? 4 : c == Center::mean ? 1 : 0; };
+  for (const Center key : {Center::none, Center::mean, Center::tile})
+    for (const Center value : {Center::none, Center::mean, Center::tile})
+      for (const int32_t dk : kHeadDims)
+        for (const int32_t dv : kHeadDims) {
+          const check::Context context("centres ", static_cast<int>(key), ' ', static_cast<int>(value), " dims ", dk,
+                                       ' ', dv);
+          const RecordLayout r = PageLayout{inputs::code_of(5, Rule::norm, Dtype::f32, key), dk,
+                                            inputs::code_of(13, Rule::mse, Dtype::f32, value), dv, 1}
+                                     .record();
+          const int nk = means(key), nv = means(value), used = nk * (dk + 2) + nv * (dv + 2);
+          CHECK_EQ(r.head_bytes() - r.means(), static_cast<size_t>((used + 63) / 64 * 64));
+          // | K means | V means | K scales | V scales |, a slot's own or the one of the row.
+          const auto at = [&](int offset) { return r.means() + static_cast<size_t>(offset); };
+          for (int slot = 0; slot < kPageTiles; ++slot) {
+            const int k = key == Center::tile ? slot : 0, v = value == Center::tile ? slot : 0;
+            if (nk != 0) CHECK_EQ(r.mean(Side::key, slot), at(k * dk));
+            if (nv != 0) CHECK_EQ(r.mean(Side::value, slot), at(nk * dk + v * dv));
+            if (nk != 0) CHECK_EQ(r.mean_scale(Side::key, slot), at(nk * dk + nv * dv + 2 * k));
+            if (nv != 0) CHECK_EQ(r.mean_scale(Side::value, slot), at(nk * dk + nv * dv + 2 * (nk + v)));
+          }
+          // Standing alone: one mean a tile, or one for every four.
+          CHECK_EQ(r.key.means_of(9), key == Center::tile ? 9 : key == Center::mean ? 3 : 0);
         }
 }
