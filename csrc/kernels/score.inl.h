@@ -95,7 +95,7 @@ void score(const kvpack::ScoreArgs& a) {
                 p, carry[v], [&](int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
           });
         }
-        if constexpr (kDwords == 8)  // the unit that two lane blocks share: each meets its own half
+        if constexpr (kDwords == 8)  // the unit that two lane blocks share, the last one: each meets its own half
           if (grid.shares() && sb == blocks - 1)
             unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
               const uint8_t* p = shared_lane(v);
