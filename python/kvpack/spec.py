@@ -84,7 +84,13 @@ class CodecSpec:
             raise ValueError(f"dtype {dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
         rule = 0 if self.scale is None else SCALE_RULES.index(self.scale)
         element = DTYPES.index(dtype) if self.info.bits == 0 else 0
-        return self.info.id | rule << 8 | element << 16 | CENTERS.index(self.center or "none") << 24 | int(self.search) << 28
+        return (
+            self.info.id
+            | rule << 8
+            | element << 16
+            | CENTERS.index(self.center or "none") << 24
+            | int(self.search) << 28
+        )
 
     def side_bytes(self, head_dim: int, side: Side, dtype: Dtype = "float32") -> int:
         """Bytes of one side of a tile of 64 tokens: codes and scales, without means."""

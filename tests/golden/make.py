@@ -2,13 +2,15 @@
 
 A change of these files is a change of the format, and needs a new format version.
 
-One file per codec, <codec>.npz, with for each side and head size (64, 80, 128, 256), one entry per rule in
-`rules`:
+One file per codec, <codec>.npz, with for each side and head size (64, 80, 128, 256; trellis codes, whose search takes
+its time: 64 and 80, and row 0 alone), one entry per rule in `rules`:
 
-    rules                        scale rules, or element dtypes for `exact`, or one empty string
+    rules                        scale rules (trellis codes: `norm`), or element dtypes for `exact`, or one empty string
     <side>_<d>_sha256            of all bytes: `inputs(d)` encoded, uint8 [2, 3 tiles, side_bytes], C order
     <side>_<d>_tile0             uint8 [rules, side_bytes]: tile 0 of row 0 (d = 64 and 128 only, not for
-    `exact`)
+    `exact`; of codecs from q5_0 and tq1 on the first rule and d = 64 only)
+    options                      centres, rotated codecs; with ",search" where the codec has scale rules
+    <side>_64_options_sha256     of all bytes and then of the means, default rule, for each of `options`
     records_sha256 (tq4.npz)     records of tq4 keys and tq3 values, d = 128, default rule: [2, 3 tiles, record]
 
 The input needs no library: `inputs` below is integer arithmetic on splitmix64 (Steele, Lea, Flood 2014).
@@ -22,10 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.reference import CODECS, SCALE_RULES, SIDES, encode, join_record, sections
+from kvpack.reference import CODECS, SCALE_RULES, SIDES, encode, encode_means, join_record, sections
 
 HERE = Path(__file__).parent
 HEAD_SIZES = (64, 80, 128, 256)
+OPTIONS = ("mean", "tile", "none,search", "tile,search")
+FIRST = ("q8_0", "q4_0", "tq2", "tq3", "tq4")  # whose files have a tile of every rule
 ROWS, TOKENS = 2, 150  # three tiles, the last one filled up with zeros
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -78,21 +82,38 @@ def _digest(packed: NDArray[np.uint8]) -> str:
     return hashlib.sha256(np.ascontiguousarray(packed).tobytes()).hexdigest()
 
 
+def _centred(x: NDArray[np.float32], name: str, side: str, center: str, search: str = "") -> str:
+    packed = encode(x, name, side=side, center=center, search=bool(search))
+    return _digest(np.concatenate((packed.reshape(-1), encode_means(x, name, center, side).reshape(-1))))
+
+
 def golden(name: str) -> dict[str, NDArray[Any]]:
     """The contents of <name>.npz, from the reference."""
     exact = name == "exact"
-    rules = DTYPES if exact else tuple(SCALE_RULES) if CODECS[name].rotated else ("",)
+    codec = CODECS.get(name)
+    rules: tuple[str, ...] = DTYPES if codec is None else tuple(SCALE_RULES) if codec.scale_rules else ("",)
+    trellis = codec is not None and codec.stream
+    if trellis:
+        rules = ("norm",)
     out: dict[str, NDArray[Any]] = {"rules": np.array(rules)}
-    for d in HEAD_SIZES:
-        x = inputs(d)
+    for d in HEAD_SIZES[:2] if trellis else HEAD_SIZES:
+        x = inputs(d)[:1] if trellis else inputs(d)
         for side in SIDES:
             if exact:
                 packed = [encode(as_elements(x, dtype), name, side=side) for dtype in rules]
             else:
                 packed = [encode(x, name, rule or None, side) for rule in rules]
             out[f"{side}_{d}_sha256"] = np.array([_digest(each) for each in packed])
-            if d in (64, 128) and not exact:
+            if d in (64, 128) and name in FIRST:
                 out[f"{side}_{d}_tile0"] = np.stack([each[0, 0] for each in packed])
+            elif d == 64 and not exact:
+                out[f"{side}_{d}_tile0"] = packed[0][0, 0][None]
+    if codec is not None and codec.rotated:
+        options = [text for text in OPTIONS if codec.scale_rules or "," not in text]
+        out["options"] = np.array(options)
+        x = inputs(64)[:1] if trellis else inputs(64)
+        for side in SIDES:
+            out[f"{side}_64_options_sha256"] = np.array([_centred(x, name, side, *text.split(",")) for text in options])
     if name == "tq4":
         x = inputs(128)
         sides = encode(x, "tq4", side="key"), encode(x, "tq3", side="value")

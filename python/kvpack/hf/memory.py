@@ -60,7 +60,9 @@ def memory(*caches: StockCache) -> dict[str, int]:
         sizes = {
             "scales": used * sum(side.scales for side in layout.sections),
             "codes": used * sum(side.codes for side in layout.sections),
-            "means": sum(side.means if side.mean_count == 1 else used * (side.means // PAGE_TILES) for side in layout.sections),
+            "means": sum(
+                side.means if side.mean_count == 1 else used * (side.means // PAGE_TILES) for side in layout.sections
+            ),
         }
         for kind, size in sizes.items():
             out[kind] += layout.kv_heads * size

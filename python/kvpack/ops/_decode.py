@@ -7,10 +7,14 @@ from torch import Tensor
 
 from . import _library, _tables, _tiles
 
-SCHEMA = "decode(Tensor packed, Tensor means, int codec, int side, int tokens, int head_dim, ScalarType dtype) -> Tensor"
+SCHEMA = (
+    "decode(Tensor packed, Tensor means, int codec, int side, int tokens, int head_dim, ScalarType dtype) -> Tensor"
+)
 
 
-def _shape(packed: Tensor, means: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype) -> list[int]:
+def _shape(
+    packed: Tensor, means: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype
+) -> list[int]:
     if packed.dtype != torch.uint8 or packed.dim() < 2:
         raise ValueError(f"packed is {packed.dtype} {list(packed.shape)}; allowed: uint8 [..., tiles, bytes]")
     _tables.check_dtype(dtype, "the result")
@@ -26,11 +30,15 @@ def _shape(packed: Tensor, means: Tensor, codec: int, side: int, tokens: int, he
     return [*packed.shape[:-2], tokens, head_dim]
 
 
-def fake(packed: Tensor, means: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def fake(
+    packed: Tensor, means: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype
+) -> Tensor:
     return packed.new_empty(_shape(packed, means, codec, side, tokens, head_dim, dtype), dtype=dtype)
 
 
-def default(packed: Tensor, means: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def default(
+    packed: Tensor, means: Tensor, codec: int, side: int, tokens: int, head_dim: int, dtype: torch.dtype
+) -> Tensor:
     shape = _shape(packed, means, codec, side, tokens, head_dim, dtype)
     whole = _tiles.decode_tiles(packed, means, _tables.parse_code(codec), side, head_dim)
     flat = whole.reshape(*shape[:-2], packed.shape[-2] * _tables.TILE, head_dim)[..., :tokens, :]

@@ -23,8 +23,8 @@ from .codec import (
     join_means,
     join_pages,
     join_record,
-    names,
     means_bytes,
+    names,
     page_bytes,
     record_bytes,
     sections,
@@ -39,8 +39,8 @@ from .rotation import rotate, sign_words, signs
 from .window import packed_tokens
 
 __all__ = [
-    "CODEBOOKS",
     "CENTERS",
+    "CODEBOOKS",
     "CODECS",
     "HEAD_SIZES",
     "SCALE_RULES",
@@ -61,11 +61,11 @@ __all__ = [
     "join_pages",
     "join_record",
     "lloyd_max",
+    "means",
+    "means_bytes",
     "names",
     "order_of",
     "packed_tokens",
-    "means",
-    "means_bytes",
     "page_bytes",
     "positions",
     "quantize",

@@ -177,7 +177,9 @@ def unpack_codes(packed: U8, bits: int, side: str, d: int, stream: bool = False)
         fields = _from_lines(packed[..., start:middle], bits, stream).reshape(*lead, units, blocks, 16, dwords, 4)
         parts = [np.moveaxis(fields, -5, -3).reshape(*lead, 16 * blocks, 4 * dwords * units)]
         if rest:
-            shared = _from_lines(packed[..., middle:end], bits, stream).reshape(*lead, blocks // 2, 16, 2, dwords // 2, 4)
+            shared = _from_lines(packed[..., middle:end], bits, stream).reshape(
+                *lead, blocks // 2, 16, 2, dwords // 2, 4
+            )
             parts.append(np.swapaxes(shared, -4, -3).reshape(*lead, 16 * blocks, rest))
         out.append(np.concatenate(parts, axis=-1))
         start = end

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .normalise import lanes16_sum, normalise
 from .hadamard import hadamard_transform
+from .normalise import lanes16_sum, normalise
 from .rotation import signs
 
 __all__ = ["GAINS", "SCALE_RULES", "Match", "Mean", "Rotated", "match", "mean_of", "squared_error", "to_rotated"]
