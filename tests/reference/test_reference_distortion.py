@@ -83,8 +83,8 @@ def test_scale_rules_keep_what_they_promise(name: str) -> None:
     np.testing.assert_allclose(orthogonal, 0, atol=2 * half_ulp)
 
 
-# Measured once, float64, 2^17 vectors. Of blocks of 32 with a step of extreme / 2^(bits-1), the error is step^2 / 12 and
-# a little for the other end, which has one level less: E extreme^2 = 5.06, so 5.06 / 256 / 12 = 1.65e-3 of q5_0's
+# Measured once, float64, 2^17 vectors. Of blocks of 32 with a step of extreme / 2^(bits-1), the error is step^2 / 12
+# and a little for the other end, which has one level less: E extreme^2 = 5.06, so 5.06 / 256 / 12 = 1.65e-3 of q5_0's
 # 1.82e-3, and 5.06 / 64 / 12 = 6.6e-3 of q4_0's; 5.06 / 127^2 / 12 = 2.61e-5 of q8_0's 2.87e-5, with the rounding of
 # its fp16 scale. Gaussian vectors stay so when rotated: rq8_0 and rq4_0 have the errors of q8_0 and q4_0.
 BLOCKS = {"q8_0": 2.864e-5, "q4_0": 7.38e-3, "q5_0": 1.822e-3, "rq8_0": 2.863e-5, "rq4_0": 7.377e-3}

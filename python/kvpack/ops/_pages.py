@@ -53,7 +53,7 @@ def _page(address: int, layout: Layout) -> Page:
     memory = (ctypes.c_uint8 * layout.page).from_address(address)
     heads = torch.frombuffer(memory, dtype=torch.uint8).view(layout.kv_heads, layout.head)
     records = PAGE_TILES * layout.record
-    return Page(heads[:, :records].unflatten(1, (PAGE_TILES, layout.record)), heads[:, records:])
+    return Page(heads[:, :records].view(layout.kv_heads, PAGE_TILES, layout.record), heads[:, records:])
 
 
 def open_pages(table: Tensor, first: int, last: int, layout: Layout) -> list[list[Page]]:

@@ -41,13 +41,13 @@ def _steps(x: F32, bits: int) -> tuple[Codes, F32, NDArray[np.int32], NDArray[np
     """
     scaled, e, live = normalise(in_blocks(x))
     if bits == 8:
-        peak = np.where(live, np.max(np.abs(scaled), axis=-1, keepdims=True), np.float32(127))
+        peak: F32 = np.where(live, np.max(np.abs(scaled), axis=-1, keepdims=True), np.float32(127))
         step = peak / np.float32(127)
         codes = np.rint(scaled * (np.float32(1) / step)) + np.float32(128)  # rint: ties to even
     else:
         middle = np.float32(1 << (bits - 1))
         first = np.argmax(np.abs(scaled), axis=-1, keepdims=True)
-        extreme = np.where(live, np.take_along_axis(scaled, first, axis=-1), -middle)
+        extreme: F32 = np.where(live, np.take_along_axis(scaled, first, axis=-1), -middle)
         step = extreme / -middle
         codes = np.trunc(scaled * (np.float32(1) / step) + (middle + np.float32(0.5)))
         codes = np.minimum(codes, np.float32(2) * middle - np.float32(1))

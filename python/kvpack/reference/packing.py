@@ -90,10 +90,10 @@ def _fields_to_planes(codes: U8, bits: int, stream: bool) -> U8:
     return np.stack([(merged >> 8 * p & 255).astype(np.uint8) for p in range(_PLANES[bits])], axis=-2)
 
 
-def _merge(codes: U8, bits: int) -> NDArray[Any]:
+def _merge(codes: NDArray[Any], bits: int) -> NDArray[Any]:
     """[..., dwords, 4] -> [..., 4]: code_j << bits * j."""
-    wide = codes.astype(np.uint32 if bits * codes.shape[-2] > 8 else np.uint8)
-    out = wide[..., 0, :]
+    wide: NDArray[Any] = codes.astype(np.uint32 if bits * codes.shape[-2] > 8 else np.uint8)
+    out: NDArray[Any] = wide[..., 0, :]
     for j in range(1, codes.shape[-2]):
         out = out | wide[..., j, :] << wide.dtype.type(bits * j)
     return out
@@ -108,7 +108,7 @@ def _planes_to_fields(planes: U8, bits: int, stream: bool) -> U8:
         fields = [planes[..., j // 2, :] >> 4 * (j % 2) & 15 | (planes[..., 4, :] >> j & 1) << 4 for j in range(8)]
     else:
         wide = planes.astype(np.uint32)
-        merged = wide[..., 0, :]
+        merged: NDArray[Any] = wide[..., 0, :]
         for p in range(1, _PLANES[bits]):
             merged = merged | wide[..., p, :] << 8 * p
         fields = [(merged >> bits * j & (1 << bits) - 1).astype(np.uint8) for j in range(_DWORDS[bits])]

@@ -132,7 +132,8 @@ def _norm(m: Match) -> F32:
 
 def _mse(m: Match) -> F32:
     """<x, c> / <c, c>: the least squared error. A code word that points away from x gets 0."""
-    return np.maximum(m.xc, np.float32(0)) / m.cc
+    ahead: F32 = np.maximum(m.xc, np.float32(0))
+    return ahead / m.cc
 
 
 def _unbiased(m: Match) -> F32:

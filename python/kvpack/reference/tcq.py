@@ -8,6 +8,8 @@ scale is still that of each vector.
 Float32, and the order of operations is the specification (see `quantize`).
 """
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,7 @@ __all__ = ["order", "tcq_levels", "tcq_quantize"]
 
 F32 = NDArray[np.float32]
 Codes = NDArray[np.uint8]
+Array = TypeVar("Array", F32, Codes, NDArray[np.int8])
 
 
 def order(steps: int) -> NDArray[np.intp]:
@@ -25,13 +28,13 @@ def order(steps: int) -> NDArray[np.intp]:
     return np.arange(steps).reshape(-1, 4).T.reshape(-1)
 
 
-def sequences(x: NDArray[np.generic], side: str) -> NDArray[np.generic]:
+def sequences(x: Array, side: str) -> Array:
     """[n, 64 tokens, d] -> [n * lanes, steps]."""
     lanes = x if side == "key" else np.swapaxes(x, 1, 2)
     return lanes[..., order(lanes.shape[-1])].reshape(-1, lanes.shape[-1])
 
 
-def from_sequences(rows: NDArray[np.generic], side: str, d: int) -> NDArray[np.generic]:
+def from_sequences(rows: Array, side: str, d: int) -> Array:
     """The inverse: [n * lanes, steps] -> [n, 64 tokens, d]."""
     steps = rows.shape[-1]
     lanes = np.empty_like(rows)
