@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvpack import Policy
+from kvpack import Policy, codecs
 from kvpack.eval import (
     CacheSpec,
     EmulationError,
@@ -27,7 +27,7 @@ from kvpack.eval.models import LoadedModel, cast_parameters, random_model
 from kvpack.eval.modes import EXACT, Feed, Run, log_probs
 
 MEANS = 8 * 66 * (1 / 64 + 1 / 256) / 64 / 2  # bits of centring, head size 64: a mean for each tile, and each page
-CODECS = ("exact", "q8_0", "q4_0", "tq4", "tq4/tq3", "tq3", "tq2")
+CODECS = (*codecs(), "tq4/tq3", "tq4:center=none", "tq4:center=mean/tcq2:center=tile,search")
 
 
 def all_rows(model: Any, ids: Tensor, spec: CacheSpec | None, mode: str, feed: Feed) -> tuple[Tensor, int]:
@@ -106,7 +106,9 @@ def test_softmax_attention_options() -> None:
     assert torch.allclose(capped, uniform, atol=1e-3)
 
 
-@pytest.mark.parametrize("codec", ["tq3/tq4", "q4_0", "tq2"])
+@pytest.mark.parametrize(
+    "codec", ["tq3/tq4", "q4_0", "tq2:center=none", "tq3:center=mean/tq2:center=tile", "tcq3/tcq2:search", "rq4_0/tqr3"]
+)
 def test_stepwise_chunked_and_emulated_agree_in_float64(tiny64: LoadedModel, ids: Tensor, codec: str) -> None:
     spec = CacheSpec.parse(codec, window=20, sinks=4, fused=False)
     model = tiny64.model

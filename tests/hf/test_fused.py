@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvpack import Cache
+from kvpack import Cache, codecs
 
 from . import helpers as h
 
@@ -36,7 +36,7 @@ def test_exact_teacher_forced_bf16() -> None:
     assert ours.stats()[0].fused_calls > 0
 
 
-@pytest.mark.parametrize("codec", ["q8_0", "tq4", "tq3", "q4_0", "tq2"])
+@pytest.mark.parametrize("codec", [*codecs()[1:], "tq4:center=none", "tq3:center=mean"])
 @pytest.mark.parametrize("precision", ["default", "high"])
 def test_fused_is_what_dense_is(codec: str, precision: str) -> None:
     """Fused attention over packed bits against torch's over the decoded tensors."""

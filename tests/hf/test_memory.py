@@ -33,7 +33,7 @@ def grown(before: dict[int, int]) -> int:
     return sum(size for address, size in storages().items() if address not in before)
 
 
-@pytest.mark.parametrize("codec", ["exact", "q8_0", "tq4", "tq3"])
+@pytest.mark.parametrize("codec", ["exact", "q8_0", "tq4", "tq3", "tcq3", "q5_0", "rq4_0:center=mean"])
 @pytest.mark.parametrize(("rows", "length"), [(1, 40), (1, 700), (3, 400)])
 def test_against_an_independent_count(codec: str, rows: int, length: int) -> None:
     model = h.llama()

@@ -168,7 +168,9 @@ def test_gpt2() -> None:
 def test_the_cache_says_what_it_is() -> None:
     model = h.llama()
     cache = kvpack.Cache(model.config, key="tq4", value="tq3:scale=mse")
-    assert repr(cache).startswith("kvpack.Cache(a llama model, tq4:center=tile/tq3:scale=mse,center=mean, 2 of 2 layers packed, 0 tokens, ")
+    assert repr(cache).startswith(
+        "kvpack.Cache(a llama model, tq4:center=tile/tq3:scale=mse,center=mean, 2 of 2 layers packed, 0 tokens, "
+    )
     assert "PackedLayer(1, tq4:center=tile/tq3:scale=mse,center=mean, 0 tokens, 0 packed)" in repr(cache.layers[1])
     assert len(cache) == 2
     assert cache.is_croppable

@@ -62,6 +62,38 @@ def test_a_fork_shares_pages_and_writes_on_its_own() -> None:
     assert not torch.equal(layer.keys, fork.keys)
 
 
+@pytest.mark.parametrize("codec", ["tq4:center=tile", "tq3:center=mean", "tcq2:center=tile"])
+def test_copies_keep_their_means(codec: str) -> None:
+    torch.manual_seed(0)
+    layer = make(0, 4, codec)
+    offset = 20 * torch.randn(1, 2, 1, 64)
+
+    def append(to: PackedLayer, count: int) -> torch.Tensor:
+        new = torch.randn(1, 2, count, 64) + offset
+        to.update(new, new)
+        to.nothing_to_learn()
+        return new
+
+    first = append(layer, 4 + 6 * 64)
+    kept = layer.keys.clone()
+    assert (kept - first).norm() < (first - offset).norm()
+    forks = [layer, *(copy.deepcopy(layer) for _ in range(2))]
+    more = [append(fork, 3 * 64) for fork in forks]  # in place, then on copies
+    assert len(distinct(*forks)) == 1 + 3 + 3  # the full page once, of each fork the page they began in and the next
+    for fork, new in zip(forks, more, strict=True):
+        assert torch.equal(fork.keys[:, :, : kept.shape[2]], kept)
+        assert (fork.keys[:, :, kept.shape[2] :] - new).norm() < (new - offset).norm()
+        alone = make(0, 4, codec)
+        both = torch.cat((first, new), dim=2)
+        alone.update(both, both)
+        assert torch.equal(alone.keys, fork.keys)
+        assert torch.equal(alone.values, fork.values)
+    forks[1].crop(-5 * 64)
+    again = append(forks[1], 64)
+    assert torch.equal(forks[0].keys[:, :, : kept.shape[2]], kept)
+    assert (forks[1].keys[:, :, -64:] - again).norm() < (again - offset).norm()
+
+
 def test_a_crop_of_one_fork_leaves_the_other_as_it_is() -> None:
     layer = make(0, 2, "tq3")
     fill(layer, 500)

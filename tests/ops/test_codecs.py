@@ -89,9 +89,7 @@ def test_encode_gives_the_bytes_of_the_reference(impl: Implementation, text: str
         pytest.param(
             text,
             d,
-            marks=[]
-            if text in TRELLIS_OPTIONS_QUICK or (text[:3] != "tcq" and d in (64, 112))
-            else pytest.mark.full,
+            marks=[] if text in TRELLIS_OPTIONS_QUICK or (text[:3] != "tcq" and d in (64, 112)) else pytest.mark.full,
         )
         for text in OPTIONS
         for d in ((64,) if text in TRELLIS_OPTIONS_QUICK else (64, 96, 112, 128, 256))

@@ -22,6 +22,7 @@ from kvpack.reference.normalise import lanes16_sum, normalise
 from kvpack.reference.tq import assign
 
 F = np.float32
+ONE = F(1)
 ROTATED = [name for name, codec in CODECS.items() if codec.rotated]
 SCALAR = [name for name, codec in CODECS.items() if name in CODEBOOKS]  # quantized value by value, to a codebook
 QUICK = [("q4_0", None), ("tq3", "norm")]  # of head sizes that are no powers of two, outside the full suite
@@ -113,7 +114,7 @@ def scalar_rotated_blocks(x: np.ndarray, bits: int) -> tuple[list[int], list[Any
     return scalar_blocks(np.array(y, F), bits, F(1 / np.sqrt(len(x))), e)
 
 
-def scalar_blocks(x: np.ndarray, bits: int, factor: Any = F(1), power: int = 0) -> tuple[list[int], list[Any]]:
+def scalar_blocks(x: np.ndarray, bits: int, factor: Any = ONE, power: int = 0) -> tuple[list[int], list[Any]]:
     codes: list[int] = []
     scales = []
     middle = 2 ** (bits - 1)

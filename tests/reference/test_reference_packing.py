@@ -62,7 +62,8 @@ def test_every_bit_has_its_own_place_and_none_is_left(bits: int, d: int, side: s
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(
-    ("bits", "d", "stream"), [(*shape, False) for shape in SHAPES] + [(*shape, True) for shape in SHAPES if shape[0] < 5]
+    ("bits", "d", "stream"),
+    [(*shape, False) for shape in SHAPES] + [(*shape, True) for shape in SHAPES if shape[0] < 5],
 )
 def test_bytes_follow_the_formulas(bits: int, d: int, stream: bool, side: str) -> None:
     codes = np.random.default_rng(bits * d).integers(0, 2**bits, (64, d), np.uint8)

@@ -268,7 +268,9 @@ def join_pages(records: U8, means: U8 | None = None) -> U8:
 
 def split_pages(pages: U8, kv_heads: int, tiles: int, record: int) -> U8:
     """The records of pages: uint8 [kv_heads, tiles, record_bytes]; record: their size."""
-    heads_first = np.swapaxes(pages.reshape(len(pages), kv_heads, -1)[..., : PAGE_TILES * record], 0, 1)
+    heads_first = np.swapaxes(
+        pages.reshape(len(pages), kv_heads, pages.shape[1] // kv_heads)[..., : PAGE_TILES * record], 0, 1
+    )
     return heads_first.reshape(kv_heads, len(pages) * PAGE_TILES, record)[:, :tiles]
 
 
