@@ -124,9 +124,7 @@ def golden(name: str) -> dict[str, NDArray[Any]]:
         if exact:
             return [encode(as_elements(inputs(d), dtype), name, side=side) for dtype in rules]
         empty = np.zeros(0, np.uint8)
-        return [
-            encode(inputs(d), name, rule or None, side) if d in head_sizes(name, rule) else empty for rule in rules
-        ]
+        return [encode(inputs(d), name, rule or None, side) if d in head_sizes(name, rule) else empty for rule in rules]
 
     if exact or name in BYTES:
         for d, side in ((d, side) for d in HEAD_SIZES for side in SIDES):
