@@ -106,7 +106,8 @@ std::tuple<Tensor, Tensor> encode(const Tensor& x_in, int64_t codec, int64_t sid
   Tensor out = torch::stable::new_empty(x, shape, ScalarType::Byte);
   Tensor means = torch::stable::new_empty(x, mean_shape, ScalarType::Byte);
   encode_rows({static_cast<const uint8_t*>(x.data_ptr()), dtype, d * dtype_bytes(dtype)}, n, tokens, codec, d,
-              layout.side, {static_cast<uint8_t*>(out.mutable_data_ptr()), static_cast<uint8_t*>(means.mutable_data_ptr())});
+              layout.side,
+              {static_cast<uint8_t*>(out.mutable_data_ptr()), static_cast<uint8_t*>(means.mutable_data_ptr())});
   return {out, means};
 }
 

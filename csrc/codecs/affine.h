@@ -21,10 +21,12 @@ struct Q5_0 : CodecDefaults {
 };
 
 struct Rq8_0 : Q8_0 {
+  using Reads = Q8_0;
   static constexpr bool kRotated = true;
 };
 
 struct Rq4_0 : Q4_0 {
+  using Reads = Q4_0;
   static constexpr bool kRotated = true;
 };
 

@@ -7,7 +7,8 @@
 //   kSignedScales  scales may be negative (the accumulation then negates level bytes per token)
 //   kTrellis     codes are the bits of a trellis path; levels come from kTable (codecs/trellis.h)
 //   kLevels      2^kBits int8 levels, ascending: the format's codebook (empty where level = code - 2^(kBits - 1))
-//   kUnit        level * kUnit approximates the quantized value of a unit-variance coordinate (scale rules)
+//   Reads        (optional) the codec that score and accumulate do not tell from this one: kernels are made once for
+//   both kUnit        level * kUnit approximates the quantized value of a unit-variance coordinate (scale rules)
 //
 // Everything is constexpr: the same structs serve host and device code.
 #pragma once
@@ -26,6 +27,16 @@ struct CodecDefaults {
   static constexpr bool kRotated = false, kScaleRules = false, kSignedScales = false, kTrellis = false;
   static constexpr double kUnit = 0.0;
   static constexpr LevelTable kLevels{};
+};
+
+template <class Codec>
+struct ReadAs {
+  using type = Codec;
+};
+template <class Codec>
+requires requires { typename Codec::Reads; }
+struct ReadAs<Codec> {
+  using type = typename Codec::Reads;
 };
 
 constexpr int32_t scale_blocks(int32_t scale_block, int32_t bits, int32_t head_dim) {

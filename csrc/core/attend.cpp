@@ -157,9 +157,7 @@ struct Item : Block {
     const auto page = static_cast<uintptr_t>(p.table[batch * p.table_stride + t / kPageTiles]);
     return reinterpret_cast<const uint8_t*>(page) + static_cast<size_t>(head) * plan.record.head_bytes();
   }
-  const uint8_t* tile(int64_t t) const {
-    return part(t) + static_cast<size_t>(t % kPageTiles) * plan.record.bytes();
-  }
+  const uint8_t* tile(int64_t t) const { return part(t) + static_cast<size_t>(t % kPageTiles) * plan.record.bytes(); }
   // Means lie apart from the records, so that no kernel prefetches them on its way.
   void prefetch_mean(Side side, int64_t t, int32_t dim) const {
     const uint8_t* at = part(t) + plan.record.mean(side, t % kPageTiles);
@@ -173,7 +171,13 @@ struct Item : Block {
     uint16_t scale;
     std::memcpy(&scale, own + plan.record.mean_scale(side, slot), sizeof scale);
     return {reinterpret_cast<const int8_t*>(own + plan.record.mean(side, slot)),
-            half_to_float(scale), dim, group, dim, nullptr, nullptr, nullptr};
+            half_to_float(scale),
+            dim,
+            group,
+            dim,
+            nullptr,
+            nullptr,
+            nullptr};
   }
 
   // After score: soft cap, mask, one step of softmax. `tokens` scores are real, the rest of the 64 is not.

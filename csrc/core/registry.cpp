@@ -11,7 +11,7 @@ namespace kvpack {
 namespace {
 
 constexpr std::array<CodecInfo, kCodecs> kInfo{{
-#define KVPACK_CODEC(id, name, Traits, what, source) \
+#define KVPACK_CODEC(id, name, Traits, what, source)                                                         \
   {id,   #name, Traits::kBits, Traits::kRotated, Traits::kScaleRules, Traits::kTrellis, Traits::kScaleBlock, \
    what, source},
 #include "codecs/codecs.def"

@@ -135,8 +135,8 @@ void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_d
   if (k.encode[code.id] == nullptr) return encode_exact(x, tokens, code, head_dim, side, out, first_token);
   Scratch s;
   s.load(x, tokens, head_dim);
-  const EncodeArgs args{s.x,       out,         s.codes,         rotation_signs(head_dim), head_dim, side,
-                        code.rule, code.search, workspace(code)};
+  const EncodeArgs args{s.x,  out,       s.codes,     rotation_signs(head_dim), head_dim,
+                        side, code.rule, code.search, workspace(code)};
   if (code.center == Center::tile) {
     const int32_t status = k.encode_mean(args);
     if (status != 0) throw_status(status, code, side, first_token);
@@ -151,8 +151,8 @@ void encode_mean(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_d
   const FpControl ieee(FpControl::Mode::ieee);
   Scratch s;
   s.load(x, tokens, head_dim);
-  const int32_t status = kernels().encode_mean(
-      {s.x, out, s.codes, rotation_signs(head_dim), head_dim, side, code.rule, false, nullptr});
+  const int32_t status =
+      kernels().encode_mean({s.x, out, s.codes, rotation_signs(head_dim), head_dim, side, code.rule, false, nullptr});
   if (status != 0) throw_status(status, code, side, first_token);
 }
 

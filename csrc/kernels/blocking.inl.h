@@ -8,7 +8,9 @@ namespace {
 // registers, whatever the compiler thinks of the size of the body. The index is an integral_constant.
 template <int N, class Body>
 [[gnu::always_inline]] inline void unrolled(Body&& body) {
-  [&]<int... Is>(std::integer_sequence<int, Is...>) __attribute__((always_inline)) { (body(std::integral_constant<int, Is>{}), ...); }
+  [&]<int... Is>(std::integer_sequence<int, Is...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, Is>{}), ...);
+  }
   (std::make_integer_sequence<int, N>{});
 }
 

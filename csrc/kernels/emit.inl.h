@@ -14,14 +14,15 @@ namespace {
 template <class S, class Codec>
 constexpr void emit_codec(kvpack::KernelTable& t, int id) {
   if constexpr (Codec::kBits != 0) {
-    t.score[id][0] = score<S, Codec, 1>;
-    t.score[id][1] = score<S, Codec, 2>;
-    t.score[id][2] = score<S, Codec, 3>;
-    t.score[id][3] = score<S, Codec, 4>;
-    t.accumulate[id][0] = accumulate<S, Codec, 1>;
-    t.accumulate[id][1] = accumulate<S, Codec, 2>;
-    t.accumulate[id][2] = accumulate<S, Codec, 3>;
-    t.accumulate[id][3] = accumulate<S, Codec, 4>;
+    using Read = typename kvpack::ReadAs<Codec>::type;
+    t.score[id][0] = score<S, Read, 1>;
+    t.score[id][1] = score<S, Read, 2>;
+    t.score[id][2] = score<S, Read, 3>;
+    t.score[id][3] = score<S, Read, 4>;
+    t.accumulate[id][0] = accumulate<S, Read, 1>;
+    t.accumulate[id][1] = accumulate<S, Read, 2>;
+    t.accumulate[id][2] = accumulate<S, Read, 3>;
+    t.accumulate[id][3] = accumulate<S, Read, 4>;
     t.encode[id] = encode<S, Codec>;
     t.decode[id] = decode<S, Codec>;
   }

@@ -17,8 +17,7 @@ struct Match {
 inline float scale_of(kvpack::Rule rule, const Rotated& x, const Match& m, double unit, int head_dim) {
   const float xc = m.xc * unit_norm(head_dim);
   switch (rule) {
-    case kvpack::Rule::stored:
-      return x.r * static_cast<float>(unit / __builtin_sqrt(static_cast<double>(head_dim)));
+    case kvpack::Rule::stored: return x.r * static_cast<float>(unit / __builtin_sqrt(static_cast<double>(head_dim)));
     case kvpack::Rule::mse: return (xc > 0.0F ? xc : 0.0F) / m.cc;
     case kvpack::Rule::unbiased:
       if (xc > 0.0F) return x.n2 / xc;
@@ -32,27 +31,36 @@ inline float error_of(float scale, const Match& m, int head_dim) {
   return (scale * m.cc - 2.0F * (m.xc * unit_norm(head_dim))) * scale;
 }
 
+// The levels above zero, as floats.
+template <class Codec>
+struct PositiveLevels {
+  alignas(32) float level[8];
+  constexpr PositiveLevels() : level{} {
+    constexpr int kHalf = 1 << (Codec::kBits - 1);
+    for (int i = 0; i < kHalf; ++i) level[i] = Codec::kLevels.level[kHalf + i];
+  }
+};
+
 // Lloyd-Max codes of z = y * gain / r, and their match (<y, q> only where it is asked for).
 template <class S, class Codec, bool Projects>
 Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes) {
   using F = typename S::F;
   constexpr int kHalf = 1 << (Codec::kBits - 1);
-  static constexpr kvpack::LevelTable kLevels = Codec::kLevels;
+  static constexpr PositiveLevels<Codec> kPositive{};
   F square = S::zero();
-  const float xc = lane_sum<S>(head_dim, [&](int i) __attribute__((always_inline)) {
-    const F at = S::load(y + i), z = S::mul(S::mul(at, S::set1(inv)), S::set1(gain)), a = S::abs(z);
-    F magnitude = S::set1(0.5F), level = S::set1(kLevels.level[kHalf]);
-    for (int k = 1; k < kHalf; ++k) {
-      const F t = S::set1(kvpack::threshold<Codec>(k));
-      magnitude = S::add_where_greater(magnitude, a, t, S::set1(1.0F));
-      level = S::add_where_greater(
-          level, a, t, S::set1(static_cast<float>(kLevels.level[kHalf + k] - kLevels.level[kHalf + k - 1])));
-    }
-    // kHalf + mag above zero, kHalf - 1 - mag below: one expression in mag + 1/2.
-    S::store_low_bytes(codes + i, S::add(S::set1(static_cast<float>(kHalf) - 0.5F), S::copy_sign(magnitude, z)));
-    square = S::fma(level, level, square);  // exact: integers below 2^24
-    return Projects ? S::mul(at, S::copy_sign(level, z)) : S::zero();
-  });
+  const float xc = lane_sum<S>(
+      head_dim, [&](int i) __attribute__((always_inline)) {
+        const F at = S::load(y + i), z = S::mul(S::mul(at, S::set1(inv)), S::set1(gain)), a = S::abs(z);
+        F magnitude = S::zero();
+        for (int k = 1; k < kHalf; ++k)
+          magnitude = S::add_where_greater(magnitude, a, S::set1(kvpack::threshold<Codec>(k)), S::set1(1.0F));
+        const F level = S::look_up_8(kPositive.level, magnitude);
+        // kHalf + magnitude above zero, kHalf - 1 - magnitude below: one expression in magnitude + 1/2.
+        S::store_low_bytes(codes + i, S::add(S::set1(static_cast<float>(kHalf) - 0.5F),
+                                             S::copy_sign(S::add(magnitude, S::set1(0.5F)), z)));
+        square = S::fma(level, level, square);  // exact: integers below 2^24
+        return Projects ? S::mul(at, S::copy_sign(level, z)) : S::zero();
+      });
   return {xc, S::reduce_add(square)};
 }
 
@@ -219,8 +227,8 @@ int32_t encode_block(const float* x, int n, int exponent, float norm, uint8_t* c
     if constexpr (kByte)
       S::store_low_bytes(codes + i, S::add(S::round_even(y), S::set1(128.0F)));
     else
-      S::store_low_bytes(
-          codes + i, S::min(S::truncate(S::add(y, S::set1(kMiddle + 0.5F))), S::set1(2.0F * kMiddle - 1.0F)));
+      S::store_low_bytes(codes + i,
+                         S::min(S::truncate(S::add(y, S::set1(kMiddle + 0.5F))), S::set1(2.0F * kMiddle - 1.0F)));
   }
   return store_scale(Codec::kRotated ? step * norm : step, power.e + exponent, scale);
 }

@@ -62,9 +62,7 @@ template <class S, class Product>
 }
 
 // float32(1 / sqrt(d)): from the unnormalised transform to the orthonormal one.
-inline float unit_norm(int head_dim) {
-  return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(head_dim)));
-}
+inline float unit_norm(int head_dim) { return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(head_dim))); }
 
 // A vector in the rotated domain: y = FWHT(s x 2^-e), not normalised, less the mean if there is one. n2 = |y|^2 / d.
 struct Rotated {
@@ -78,8 +76,7 @@ template <class S, int D>
                                                  typename S::F (&v)[D / S::kLanes], float* n2) {
   for (int i = 0; i < D / S::kLanes; ++i)
     v[i] = S::mul(S::mul(S::load(x + i * S::kLanes), S::set1(power.down)), S::set1(power.down_again));
-  if (n2 != nullptr)
-    *n2 = lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); });
+  if (n2 != nullptr) *n2 = lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); });
   for (int i = 0; i < D / S::kLanes; ++i) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));
   hadamard<S, D>(v);
 }
@@ -114,8 +111,7 @@ int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
   }
   const float step = half_to_float(*a.tile.mean_scale), m = top > step ? top : step;
   const PowerOfTwo power(m == 0.0F ? 1.0F : m);
-  const float unit = step * power.down * power.down_again *
-                     static_cast<float>(__builtin_sqrt(static_cast<double>(D)));
+  const float unit = step * power.down * power.down_again * static_cast<float>(__builtin_sqrt(static_cast<double>(D)));
   alignas(64) float mean[D];
   for (int i = 0; i < D; ++i) mean[i] = unit * static_cast<float>(a.tile.mean[i]);
   for (int t = 0; t < kTile; ++t) {
@@ -124,8 +120,8 @@ int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
       v[i] = S::sub(v[i], S::load(mean + i * S::kLanes));
       S::store(a.x + t * D + i * S::kLanes, v[i]);
     }
-    const float n2 = lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); }) *
-                     static_cast<float>(1.0 / D);
+    const float n2 =
+        lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); }) * static_cast<float>(1.0 / D);
     out[t] = n2 > 0.0F ? Rotated{n2, __builtin_sqrtf(n2), power.e, true} : Rotated{1.0F, 1.0F, 0, false};
   }
   return 0;
@@ -155,8 +151,8 @@ int32_t encode_mean_of(const kvpack::EncodeArgs& a) {
   for (int i = 0; i < D / S::kLanes; ++i) {
     sum[i] = S::zero();
     for (int t = 0; t < kTile; ++t)
-      sum[i] = S::add(sum[i], S::mul(S::mul(S::load(a.x + t * D + i * S::kLanes), S::set1(power.down)),
-                                     S::set1(power.down_again)));
+      sum[i] = S::add(
+          sum[i], S::mul(S::mul(S::load(a.x + t * D + i * S::kLanes), S::set1(power.down)), S::set1(power.down_again)));
     sum[i] = S::mul(S::mul(sum[i], share), S::load(a.signs + i * S::kLanes));
   }
   hadamard<S, D>(sum);

@@ -37,7 +37,8 @@ void accumulate_mean(const kvpack::MeanArgs& a) {
     for (int t = 0; t < kTile; t += S::kLanes) sum = S::add(sum, S::load(a.scores + g * kTile + t));
     const auto mass = S::set1(S::reduce_add(sum));
     float* out = a.out + static_cast<ptrdiff_t>(g) * a.stride;
-    for (int i = 0; i < a.head_dim; i += S::kLanes) S::store(out + i, S::fma(S::load(mean + i), mass, S::load(out + i)));
+    for (int i = 0; i < a.head_dim; i += S::kLanes)
+      S::store(out + i, S::fma(S::load(mean + i), mass, S::load(out + i)));
   }
 }
 

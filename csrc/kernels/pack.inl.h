@@ -46,7 +46,8 @@ inline void pack_line(const uint32_t* const (&c)[kvpack::unit_dwords(Bits)], uin
   for (int l = 0; l < 16; ++l) {
     if constexpr (Bits == 3 && Stream) {
       line[l] = c[0][l] | c[1][l] << 3 | (c[2][l] & every_byte(0x03)) << 6;
-      line[16 + l] = (c[2][l] >> 2 & every_byte(0x01)) | c[3][l] << 1 | c[4][l] << 4 | (c[5][l] & every_byte(0x01)) << 7;
+      line[16 + l] =
+          (c[2][l] >> 2 & every_byte(0x01)) | c[3][l] << 1 | c[4][l] << 4 | (c[5][l] & every_byte(0x01)) << 7;
       line[32 + l] = (c[5][l] >> 1 & every_byte(0x03)) | c[6][l] << 2 | c[7][l] << 5;
     } else if constexpr (Bits == 5) {
       uint32_t high = 0;
@@ -83,8 +84,8 @@ inline void unpack_line(const uint32_t* line, uint32_t* const (&c)[kvpack::unit_
       c[7][l] = r >> 5 & kMask;
     } else if constexpr (Bits == 5) {
       for (int j = 0; j < 8; ++j)
-        c[j][l] = (line[16 * (j / 2) + l] >> 4 * (j % 2) & every_byte(0x0f)) |
-                  (line[64 + l] >> j & every_byte(0x01)) << 4;
+        c[j][l] = (line[16 * (j / 2) + l] >> 4 * (j % 2) & every_byte(0x0f)) | (line[64 + l] >> j & every_byte(0x01))
+                                                                                   << 4;
     } else if constexpr (Bits == 3) {
       const uint32_t p = line[l], q = line[16 + l], r = line[32 + l];
       const uint32_t rest = (p >> 6 & every_byte(0x03)) | (q >> 4 & every_byte(0x0c)) | (r >> 2 & every_byte(0x30));

@@ -92,19 +92,19 @@ void score(const kvpack::ScoreArgs& a) {
             if (level == 0 && (v0 + v) % kPerBlock == 0)
               for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
             unpack(
-                p, carry[v],
-                [&](int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
+                p, carry[v], [&](int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
           });
         }
-        if constexpr (kDwords == 8)  // the unit that two lane blocks share: each meets its own half
+        if constexpr (kDwords == 8)  // the unit that two lane blocks share, the last one: each meets its own half
           if (grid.shares() && sb == blocks - 1)
             unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
               const uint8_t* p = shared_lane(v);
               if (level == 0 && (v0 + v) % (2 * kPerBlock) == 0)
                 for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
               unpack.shared(
-                  p, half(v), carry[v],
-                  [&](int j, I levels) __attribute__((always_inline)) { meet(v, end * kDwords + j, levels); });
+                  p, half(v), carry[v], [&](int j, I levels) __attribute__((always_inline)) {
+                    meet(v, end * kDwords + j, levels);
+                  });
             });
         for (int v = 0; v < kInFlight; ++v) {
           const int token = (v0 + v) * S::kLanes;

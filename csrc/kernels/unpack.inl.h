@@ -18,7 +18,7 @@ struct Memoryless {
   Carry start_shared(const uint8_t* /*last*/, const uint8_t* /*shared*/, int /*half*/) const { return {}; }
   template <class Use>
   [[gnu::always_inline]] void shared(const uint8_t* p, int half, Carry& carry, Use&& use) const {
-    static_cast<const Self&>(*this)(
+    static_cast<const Self&> (*this)(
         p, carry, [&](int j, auto levels) __attribute__((always_inline)) {
           if (j / 4 == half) use(j % 4, levels);
         });
@@ -73,8 +73,7 @@ struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
 
 // 8 bits: level = code - 128, so the byte itself is the key level with offset 128.
 template <class S, class Codec, kvpack::Side Sd>
-  requires(Codec::kBits == 8)
-struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
+requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kDwords = 1, kLines = 1;
   template <class Use>
@@ -87,8 +86,7 @@ struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
 
 // 5 bits: level = code - 16: four low bits, looked up, and 16 where the high bit is set.
 template <class S, class Codec, kvpack::Side Sd>
-  requires(Codec::kBits == 5)
-struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
+requires(Codec::kBits == 5) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kDwords = 8, kLines = 5;
   static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
@@ -114,8 +112,7 @@ struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
 // ends at bit m of a byte takes bits of that byte and of the one before it, which is carried along; the byte before the
 // first one is the last of the byte column before (a rotation of the dword: columns are runs of one circular sequence).
 template <class S, class Codec, kvpack::Side Sd>
-  requires(Codec::kTrellis)
-struct Unpacker<S, Codec, Sd> {
+requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
   using I = typename S::I;
   static constexpr int kBits = Codec::kBits;
   static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
@@ -140,8 +137,8 @@ struct Unpacker<S, Codec, Sd> {
   void half_lines(const uint8_t* p, int half, I (&line)[kLines + 1]) const {
     if constexpr (kBits == 3) {
       const I b = S::load_bytes(p + kvpack::kLine), c = S::load_bytes(p + 2 * kvpack::kLine);
-      line[1] = half == 0 ? S::load_bytes(p)
-                          : S::template select_bits<0x0f>(S::shift_right_16(b, 4), S::shift_left_16(c, 4));
+      line[1] =
+          half == 0 ? S::load_bytes(p) : S::template select_bits<0x0f>(S::shift_right_16(b, 4), S::shift_left_16(c, 4));
       line[2] = half == 0 ? b : S::shift_right_16(c, 4);
     } else {
       line[1] = half == 0 ? S::load_bytes(p) : S::shift_right_16(S::load_bytes(p), 4);
@@ -152,8 +149,7 @@ struct Unpacker<S, Codec, Sd> {
     I line[kLines + 1];
     half_lines(shared, half, line);
     const I before = kBits == 3 ? line[1] : S::load_bytes(last), end = line[kBits == 3 ? 2 : 1];
-    return {S::rotate_dwords_8(
-        S::template select_bits<0x0f>(S::shift_right_16(before, 4), S::shift_left_16(end, 4)))};
+    return {S::rotate_dwords_8(S::template select_bits<0x0f>(S::shift_right_16(before, 4), S::shift_left_16(end, 4)))};
   }
   template <class Use>
   [[gnu::always_inline]] void shared(const uint8_t* p, int half, Carry& carry, Use&& use) const {

@@ -109,8 +109,8 @@ struct RecordLayout {
 
   constexpr size_t means() const { return kPageTiles * bytes(); }
   constexpr size_t means_bytes() const {
-    const size_t size = static_cast<size_t>(key.means()) * key.mean_bytes() +
-                        static_cast<size_t>(value.means()) * value.mean_bytes();
+    const size_t size =
+        static_cast<size_t>(key.means()) * key.mean_bytes() + static_cast<size_t>(value.means()) * value.mean_bytes();
     return (size + kLine - 1) / kLine * kLine;
   }
   constexpr size_t head_bytes() const { return means() + means_bytes(); }

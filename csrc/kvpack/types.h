@@ -21,8 +21,8 @@ constexpr int32_t kMaxScaleBlocks = kMaxHeadDim / 32;
 
 constexpr int32_t dtype_bytes(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
-// A codec with its options in one integer: id | rule << 8 | dtype << 16 | center << 24 | search << 28. The dtype matters
-// to `exact` only, whose tiles hold the model's own elements; search to encoders only.
+// A codec with its options in one integer: id | rule << 8 | dtype << 16 | center << 24 | search << 28. The dtype
+// matters to `exact` only, whose tiles hold the model's own elements; search to encoders only.
 struct CodecCode {
   int32_t id;
   Rule rule;
@@ -31,8 +31,7 @@ struct CodecCode {
   bool search;
   static constexpr CodecCode unpack(int64_t code) {
     return {static_cast<int32_t>(code & 0xff), static_cast<Rule>((code >> 8) & 0xff),
-            static_cast<Dtype>((code >> 16) & 0xff), static_cast<Center>((code >> 24) & 0xf),
-            ((code >> 28) & 1) != 0};
+            static_cast<Dtype>((code >> 16) & 0xff), static_cast<Center>((code >> 24) & 0xf), ((code >> 28) & 1) != 0};
   }
 };
 

@@ -128,6 +128,9 @@ struct Avx2 {
     return _mm256_add_ps(acc, _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), inc));
   }
   static F zero_where_less(F v, F a, F b) { return _mm256_and_ps(v, _mm256_cmp_ps(a, b, _CMP_NLT_UQ)); }
+  static F look_up_8(const float* table, F n) {
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), _mm256_cvttps_epi32(n));
+  }
   static float reduce_16(const F (&part)[2]) {
     const F eight = _mm256_add_ps(part[0], part[1]);
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

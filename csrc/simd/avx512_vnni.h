@@ -61,9 +61,7 @@ struct Avx512Vnni {
   }
   [[gnu::always_inline]] static I look_up_128(const Table128& t, I raw) {
     const I low = _mm512_and_si512(raw, _mm512_set1_epi8(0x0f));
-    const auto bit = [raw](int n) {
-      return _mm512_test_epi8_mask(raw, _mm512_set1_epi8(static_cast<char>(1 << n)));
-    };
+    const auto bit = [raw](int n) { return _mm512_test_epi8_mask(raw, _mm512_set1_epi8(static_cast<char>(1 << n))); };
     const __mmask64 bit4 = bit(4), bit5 = bit(5);
     const auto pair = [&](int i) {
       return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(t.part[i], low), bit4, t.part[i + 1], low);
@@ -128,6 +126,9 @@ struct Avx512Vnni {
     return _mm512_mask_add_ps(acc, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), acc, inc);
   }
   static F zero_where_less(F v, F a, F b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), v); }
+  static F look_up_8(const float* table, F n) {
+    return _mm512_permutexvar_ps(_mm512_cvttps_epi32(n), _mm512_castps256_ps512(_mm256_loadu_ps(table)));
+  }
   static float reduce_16(const F (&part)[1]) {
     const __m256 eight = fold(part[0]);
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

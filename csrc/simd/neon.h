@@ -121,6 +121,11 @@ struct Neon {
   static F zero_where_less(F v, F a, F b) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(a, b)));
   }
+  static F look_up_8(const float* table, F n) {
+    const uint8x16x2_t bytes = {{vreinterpretq_u8_f32(vld1q_f32(table)), vreinterpretq_u8_f32(vld1q_f32(table + 4))}};
+    const uint32x4_t at = vmlaq_n_u32(vdupq_n_u32(0x03020100U), vreinterpretq_u32_s32(vcvtq_s32_f32(n)), 0x04040404U);
+    return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(at)));
+  }
   static float reduce_16(const F (&part)[4]) {
     const F four = vaddq_f32(vaddq_f32(part[0], part[2]), vaddq_f32(part[1], part[3]));
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));

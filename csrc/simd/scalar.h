@@ -17,6 +17,7 @@
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
 //   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
 //   load_repeated<W>      W floats, over and over
+//   look_up_8             entry n of a table of 8 floats, for whole n in 0..7
 //   reduce_16             the sum of 16 lanes in the format's order
 //   add_where_greater     acc + (a > b ? inc : 0)
 //   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
@@ -86,9 +87,7 @@ struct Scalar {
   static I shift_left_16(I v, int n) { return ((v & 0xffffU) << n & 0xffffU) | ((v >> 16) << n) << 16; }
   static I rotate_dwords_8(I v) { return v << 8 | v >> 24; }
   static I exclusive_or(I a, I b) { return a ^ b; }
-  static I add_bytes(I a, I b) {
-    return ((a & 0x7f7f7f7fU) + (b & 0x7f7f7f7fU)) ^ ((a ^ b) & 0x80808080U);
-  }
+  static I add_bytes(I a, I b) { return ((a & 0x7f7f7f7fU) + (b & 0x7f7f7f7fU)) ^ ((a ^ b) & 0x80808080U); }
   using Table128 = const int8_t*;
   static Table128 load_table_128(const int8_t* level) { return level; }
   static I look_up_128(Table128 t, I raw) {
@@ -148,6 +147,7 @@ struct Scalar {
   static F scale_by_power(F a, F n) { return std::ldexp(a, static_cast<int>(n)); }
   static F add_where_greater(F acc, F a, F b, F inc) { return a > b ? acc + inc : acc; }
   static F zero_where_less(F v, F a, F b) { return a < b ? 0.0F : v; }
+  static F look_up_8(const float* table, F n) { return table[static_cast<int>(n)]; }
   // The format's order: l + (l + 8), then 4, 2, 1.
   static float reduce_16(const F (&part)[16]) {
     float l[16];

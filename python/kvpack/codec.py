@@ -130,9 +130,8 @@ class Codec:
 
             from kvpack import ops
 
-            return ops.decode(
-                packed.data, packed.means, code, side, tokens, self.head_dim, getattr(torch, packed.dtype)
-            )
+            dtype = getattr(torch, packed.dtype)
+            return ops.decode(packed.data, packed.means, code, side, tokens, self.head_dim, dtype)
         rows = math.prod(packed.shape[:-2])
         data, means = (np.ascontiguousarray(x).reshape(rows, *x.shape[-2:]) for x in (packed.data, packed.means))
         x = _core.decode(data, means, code, side, tokens, self.head_dim).reshape(packed.shape)

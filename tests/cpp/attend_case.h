@@ -31,6 +31,7 @@ struct Case {
   Dtype mask_dtype = Dtype::f32;
   bool causal = true, sink_logits = false;
   float softcap = 0.0F, gain = 1.0F;  // gain: multiplies the queries, for sharper attention
+  float common = 0.0F;                // what all packed vectors of a head have in common: the size of it per dim
   Precision precision = Precision::standard;
   Dtype dtype = Dtype::f32;
   bool token_major = false;  // [batch, token, head, dim] in memory, as models make it; else [batch, head, token, dim]
@@ -39,13 +40,14 @@ struct Case {
 
 inline std::string describe(const Case& c) {
   std::ostringstream s;
-  s << inputs::info_of(c.key_codec).name << '/' << inputs::info_of(c.value_codec).name << " batch " << c.batch
-    << " heads " << c.query_heads << ':' << c.kv_heads << " q " << c.query_tokens << " dims " << c.key_dim << ','
-    << c.value_dim << " tiles " << c.counts.size() << " sinks " << c.sinks << " exact " << c.exact << " mask "
-    << static_cast<int>(c.mask) << " broadcast " << c.broadcast << " mask dtype " << static_cast<int>(c.mask_dtype)
-    << " causal " << c.causal << " logits " << c.sink_logits << " softcap " << c.softcap << " gain " << c.gain
-    << " precision " << static_cast<int>(c.precision) << " dtype " << static_cast<int>(c.dtype) << " token_major "
-    << c.token_major;
+  const auto center = [](int64_t code) { return static_cast<int>(CodecCode::unpack(code).center); };
+  s << inputs::info_of(c.key_codec).name << '/' << inputs::info_of(c.value_codec).name << " centres "
+    << center(c.key_codec) << ',' << center(c.value_codec) << " batch " << c.batch << " heads " << c.query_heads << ':'
+    << c.kv_heads << " q " << c.query_tokens << " dims " << c.key_dim << ',' << c.value_dim << " tiles "
+    << c.counts.size() << " sinks " << c.sinks << " exact " << c.exact << " mask " << static_cast<int>(c.mask)
+    << " broadcast " << c.broadcast << " mask dtype " << static_cast<int>(c.mask_dtype) << " causal " << c.causal
+    << " logits " << c.sink_logits << " softcap " << c.softcap << " gain " << c.gain << " precision "
+    << static_cast<int>(c.precision) << " dtype " << static_cast<int>(c.dtype) << " token_major " << c.token_major;
   return s.str();
 }
 
@@ -72,14 +74,17 @@ struct Array {
     const Strided s = strided();
     return bytes.data() + b * s.batch + h * s.head + t * s.token;
   }
-  void fill(Random& random, float gain) {
-    std::vector<float> x(static_cast<size_t>(dim));
+  void fill(Random& random, float gain, float common = 0.0F) {
+    std::vector<float> x(static_cast<size_t>(dim)), offset(x.size(), 0.0F);
     for (int64_t b = 0; b < batch; ++b)
-      for (int64_t h = 0; h < heads; ++h)
+      for (int64_t h = 0; h < heads; ++h) {
+        if (common != 0.0F)
+          for (float& v : offset) v = common * random.normal();
         for (int64_t t = 0; t < tokens; ++t) {
-          for (float& v : x) v = gain * random.normal();
+          for (size_t i = 0; i < x.size(); ++i) x[i] = offset[i] + gain * random.normal();
           store_row(x.data(), dtype, static_cast<int32_t>(dim), row(b, h, t));
         }
+      }
   }
   double at(int64_t b, int64_t h, int64_t t, int64_t i) {
     return reference::element(row(b, h, t) + i * dtype_bytes(dtype), dtype);
@@ -236,8 +241,8 @@ class Problem {
     if (tiles == 0) return;
     Array k(c.batch, c.kv_heads, tiles * kTile, c.key_dim, c.dtype, c.token_major);
     Array v(c.batch, c.kv_heads, tiles * kTile, c.value_dim, c.dtype, c.token_major);
-    k.fill(random, 1.0F);
-    v.fill(random, 1.0F);
+    k.fill(random, 1.0F, c.common);
+    v.fill(random, 1.0F, c.common);
     encode_pages({table.data(), c.batch, per_row}, layout(), k.strided(), v.strided(), c.dtype, 0, tiles, serial_for);
   }
 
@@ -265,13 +270,18 @@ class Problem {
     for (size_t t = 0; t < c.counts.size(); ++t) {
       const auto* page = reinterpret_cast<const uint8_t*>(
           table[static_cast<size_t>(b) * (table.size() / static_cast<size_t>(c.batch)) + t / kPageTiles]);
-      const uint8_t* at = page + (static_cast<size_t>(kv) * kPageTiles + t % kPageTiles) * record.bytes();
-      const auto k =
-          reference::decode({at + record.key_codes(), reinterpret_cast<const uint16_t*>(at + record.key_scales())},
-                            c.key_codec, static_cast<int>(c.key_dim), Side::key);
-      const auto v =
-          reference::decode({at + record.value_codes(), reinterpret_cast<const uint16_t*>(at + record.value_scales())},
-                            c.value_codec, static_cast<int>(c.value_dim), Side::value);
+      const uint8_t* own = page + static_cast<size_t>(kv) * record.head_bytes();
+      const uint8_t* at = own + t % kPageTiles * record.bytes();
+      const auto slot = static_cast<int64_t>(t % kPageTiles);
+      const auto section = [&](Side side, size_t codes, size_t scales) {
+        return ConstTileSide{at + codes, reinterpret_cast<const uint16_t*>(at + scales),
+                             reinterpret_cast<const int8_t*>(own + record.mean(side, slot)),
+                             reinterpret_cast<const uint16_t*>(own + record.mean_scale(side, slot))};
+      };
+      const auto k = reference::decode(section(Side::key, record.key_codes(), record.key_scales()), c.key_codec,
+                                       static_cast<int>(c.key_dim), Side::key);
+      const auto v = reference::decode(section(Side::value, record.value_codes(), record.value_scales()), c.value_codec,
+                                       static_cast<int>(c.value_dim), Side::value);
       for (int32_t i = 0; i < c.counts[t]; ++i, ++stream) {
         all.keys.row(place(stream)) = k.row(i);
         all.values.row(place(stream)) = v.row(i);

@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "check.h"
 #include "kvpack/codec.h"
 
 namespace inputs {
@@ -116,7 +117,8 @@ inline std::vector<int64_t> option_codes(bool some) {
     for (const Center center : {Center::none, Center::mean, Center::tile})
       for (const bool search : {false, true}) {
         if ((center != Center::none && !c.rotated) || (search && !c.scale_rules)) continue;
-        if ((center == Center::none && !search) || (some && search != (center == Center::mean) && c.scale_rules)) continue;
+        if ((center == Center::none && !search) || (some && search != (center == Center::mean) && c.scale_rules))
+          continue;
         for (int32_t rule = 0; rule < (c.scale_rules ? 4 : 1); ++rule)
           if (!some || rule == (c.scale_rules ? (c.id + static_cast<int32_t>(center)) % 4 : 0))
             all.push_back(code_of(c.id, static_cast<Rule>(rule), Dtype::f32, center, search));
@@ -129,6 +131,13 @@ inline std::vector<int64_t> codes_with_options(bool all) {
   auto codes = codec_codes();
   for (const int64_t code : option_codes(!all)) codes.push_back(code);
   return codes;
+}
+
+// Whether a test that loops over codec codes and head sizes leaves this one out. Searching a trellis takes long: of the
+// scale rules, which matter after the search only, and of the options, one head size each, unless everything is wanted.
+inline bool skip(int64_t code, int32_t d) {
+  if (check::full() || !info_of(code).trellis) return false;
+  return check::slow() ? d != 80 : code != default_code(info_of(code)) && d != 80;
 }
 
 // The dtype in which a codec takes its input here: the tile's own for `exact`, float32 else.

@@ -4,7 +4,8 @@
     python tests/cpp/make_golden.py --check    exit with 1 if it is out of date
 
 One line per codec code, side and head size: the hash of all bytes of `inputs(d)` (tests/golden/make.py), encoded,
-uint8 [2, 3 tiles, side_bytes]. The last line is of pages: the records of tq4 keys and tq3 values, head_dim 128.
+uint8 [2, 3 tiles, side_bytes], followed by those of its means, uint8 [2, n, d + 2]. The last line is of pages: the
+records of tq4 keys and tq3 values, head_dim 128.
 """
 
 import importlib.util
@@ -56,16 +57,23 @@ def lines() -> list[str]:
     out = []
     for name in reference.names():
         exact = name == "exact"
-        rotated = not exact and reference.CODECS[name].rotated
-        options = make.DTYPES if exact else tuple(reference.SCALE_RULES) if rotated else ("",)
-        for option in options:
-            code = reference.codec_code(name, dtype=option) if exact else reference.codec_code(name, option or None)
-            for side, d in ((side, d) for side in (0, 1) for d in make.HEAD_SIZES):
-                x = make.inputs(d)
-                x = make.as_elements(x, option) if exact else x
-                rule = None if exact else option or None
-                digest = fnv1a(reference.encode(x, name, rule, reference.SIDES[side]))
-                out.append(f"{{0x{code:05x}, {side}, {d}, 0x{digest:016x}ULL}},  // {name} {option}".rstrip())
+        for option in make.options(name):
+            rule = None if exact else option or None
+            code = reference.codec_code(name, dtype=option) if exact else reference.codec_code(name, rule)
+            for side in (0, 1):
+                for d in make.head_sizes(name, option):
+                    x = make.inputs(d)
+                    x = make.as_elements(x, option) if exact else x
+                    digest = fnv1a(reference.encode(x, name, rule, reference.SIDES[side]))
+                    out.append(f"{{0x{code:05x}, {side}, {d}, 0x{digest:016x}ULL}},  // {name} {option}".rstrip())
+    for name, center, search, d in make.OPTIONS:
+        code = reference.codec_code(name, None, center=center, search=search)
+        for side in (0, 1):
+            x, of = make.inputs(d), reference.SIDES[side]
+            tiles = reference.encode(x, name, None, of, center, search)
+            digest = fnv1a(np.append(tiles.ravel(), reference.encode_means(x, name, center, of).ravel()))
+            comment = f"{name} norm, {center}" + ", search" * search
+            out.append(f"{{0x{code:05x}, {side}, {d}, 0x{digest:016x}ULL}},  // {comment}")
     x = make.inputs(128)
     key, value = reference.sections("tq4", 128), reference.sections("tq3", 128)
     sides = reference.encode(x, "tq4", side="key"), reference.encode(x, "tq3", side="value")

@@ -6,7 +6,7 @@
 #include <bit>
 #include <map>
 
-#include "codecs/trellis_tables.h"
+#include "codecs/trellis.h"
 #include "inputs.h"
 
 namespace reference {
@@ -86,11 +86,7 @@ inline double level(const CodecInfo& info, int code) {
 }
 
 inline const int8_t* trellis_levels(int bits) {
-  return (bits == 1   ? kTcq1Levels
-          : bits == 2 ? kTcq2Levels
-          : bits == 3 ? kTcq3Levels
-                      : kTcq4Levels)
-      .level[0];
+  return (bits == 1 ? kTcq1Levels : bits == 2 ? kTcq2Levels : bits == 3 ? kTcq3Levels : kTcq4Levels).level[0];
 }
 
 // Levels of one side of a tile, [64][head_dim]. The codes of a lane make a circle of bits, in the order of depths 0, 4,

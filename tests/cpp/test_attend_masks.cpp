@@ -221,9 +221,9 @@ TEST(masks_hide_whatever_lies_in_a_tile) {
     Problem clean(c), dirty(c);
     const RecordLayout record = clean.layout().record();
     for (int64_t head = 0; head < c.kv_heads; ++head) {
-      uint8_t* at = dirty.pages[0].data() + static_cast<size_t>(head * kPageTiles + 1) * record.bytes();
+      uint8_t* at = dirty.pages[0].data() + static_cast<size_t>(head) * record.head_bytes() + record.bytes();
       auto* scales = reinterpret_cast<uint16_t*>(at);
-      for (size_t i = 0; i < record.key_mean() / 2; ++i)
+      for (size_t i = 0; i < record.key_codes() / 2; ++i)
         if (i % kTile >= 20) scales[i] = 0x7bff;
     }
     const Error e = error_of(dirty.run(), clean.expected(), Dtype::f32);

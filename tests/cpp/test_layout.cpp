@@ -133,12 +133,11 @@ TEST(means_follow_the_records) {
     for (const Center value : {Center::none, Center::mean, Center::tile})
       for (const int32_t dk : kHeadDims)
         for (const int32_t dv : kHeadDims) {
-          const check::Context context("centres ", static_cast<int>(key), ' ', static_cast<int>(value), " dims ", dk, ' ',
-                                       dv);
-          const RecordLayout r =
-              PageLayout{inputs::code_of(5, Rule::norm, Dtype::f32, key), dk,
-                         inputs::code_of(13, Rule::mse, Dtype::f32, value), dv, 1}
-                  .record();
+          const check::Context context("centres ", static_cast<int>(key), ' ', static_cast<int>(value), " dims ", dk,
+                                       ' ', dv);
+          const RecordLayout r = PageLayout{inputs::code_of(5, Rule::norm, Dtype::f32, key), dk,
+                                            inputs::code_of(13, Rule::mse, Dtype::f32, value), dv, 1}
+                                     .record();
           const int nk = means(key), nv = means(value), used = nk * (dk + 2) + nv * (dv + 2);
           CHECK_EQ(r.head_bytes() - r.means(), static_cast<size_t>((used + 63) / 64 * 64));
           // | K means | V means | K scales | V scales |, a slot's own or the one of the row.

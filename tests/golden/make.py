@@ -2,16 +2,21 @@
 
 A change of these files is a change of the format, and needs a new format version.
 
-One file per codec, <codec>.npz, with for each side and head size (64, 80, 128, 256; trellis codes, whose search takes
-its time: 64 and 80, and row 0 alone), one entry per rule in `rules`:
+One file per codec, <codec>.npz. Of the codecs in BYTES and `exact`, with for each side and head size (64, 80, 128,
+256), one entry per rule in `rules`:
 
-    rules                        scale rules (trellis codes: `norm`), or element dtypes for `exact`, or one empty string
+    rules                        scale rules, or element dtypes for `exact`, or one empty string
     <side>_<d>_sha256            of all bytes: `inputs(d)` encoded, uint8 [2, 3 tiles, side_bytes], C order
-    <side>_<d>_tile0             uint8 [rules, side_bytes]: tile 0 of row 0 (d = 64 and 128 only, not for
-    `exact`; of codecs from q5_0 and tq1 on the first rule and d = 64 only)
-    options                      centres, rotated codecs; with ",search" where the codec has scale rules
-    <side>_64_options_sha256     of all bytes and then of the means, default rule, for each of `options`
+    <side>_<d>_tile0             uint8 [rules, side_bytes]: tile 0 of row 0 (d = 64 and 128 only, 64 of q8_0, not
+                                 for `exact`)
     records_sha256 (tq4.npz)     records of tq4 keys and tq3 values, d = 128, default rule: [2, 3 tiles, record]
+
+Of the others, and for the codecs in OPTIONS:
+
+    rules                        as above
+    sha256                       [side][head size][rule]; an empty string for what `head_sizes` leaves out
+    options_sha256               [line of OPTIONS][side], default rule: of all bytes, followed by the means, uint8
+                                 [2, n, d + 2]
 
 The input needs no library: `inputs` below is integer arithmetic on splitmix64 (Steele, Lea, Flood 2014).
 """
@@ -28,10 +33,31 @@ from kvpack.reference import CODECS, SCALE_RULES, SIDES, encode, encode_means, j
 
 HERE = Path(__file__).parent
 HEAD_SIZES = (64, 80, 128, 256)
-OPTIONS = ("mean", "tile", "none,search", "tile,search")
-FIRST = ("q8_0", "q4_0", "tq2", "tq3", "tq4")  # whose files have a tile of every rule
 ROWS, TOKENS = 2, 150  # three tiles, the last one filled up with zeros
 DTYPES = ("float32", "float16", "bfloat16")
+
+BYTES = ("q8_0", "q4_0", "tq2", "tq3", "tq4")
+"""Codecs with whole tiles; of the others there are hashes."""
+
+OPTIONS = (
+    ("tq3", "tile", False, 80),
+    ("tq4", "mean", False, 128),
+    ("tq4", "none", True, 64),
+    ("rq4_0", "tile", False, 112),
+    ("tcq2", "tile", False, 80),
+    ("tcq2", "none", True, 64),
+)
+"""Centring and the search of the scale: codec, center, search, head size."""
+
+
+def options(name: str) -> tuple[str, ...]:
+    """Scale rules of a codec, dtypes of `exact`, or one empty string."""
+    return DTYPES if name == "exact" else tuple(SCALE_RULES) if CODECS[name].scale_rules else ("",)
+
+
+def head_sizes(name: str, rule: str = "") -> tuple[int, ...]:
+    """Those of a codec and rule: searching a trellis takes long, and does not depend on the rule."""
+    return (64,) if name in CODECS and CODECS[name].stream and rule not in ("", "norm") else HEAD_SIZES
 
 
 def inputs(d: int) -> NDArray[np.float32]:
@@ -79,41 +105,39 @@ def as_elements(x: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 
 def _digest(packed: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(packed).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(packed).tobytes()).hexdigest() if packed.size else ""
 
 
-def _centred(x: NDArray[np.float32], name: str, side: str, center: str, search: str = "") -> str:
-    packed = encode(x, name, side=side, center=center, search=bool(search))
-    return _digest(np.concatenate((packed.reshape(-1), encode_means(x, name, center, side).reshape(-1))))
+def _with_options(name: str, center: str, search: bool, d: int, side: str) -> str:
+    x = inputs(d)
+    tiles = encode(x, name, None, side, center, search)
+    return _digest(np.append(tiles.ravel(), encode_means(x, name, center, side).ravel()))
 
 
 def golden(name: str) -> dict[str, NDArray[Any]]:
     """The contents of <name>.npz, from the reference."""
     exact = name == "exact"
-    codec = CODECS.get(name)
-    rules: tuple[str, ...] = DTYPES if codec is None else tuple(SCALE_RULES) if codec.scale_rules else ("",)
-    trellis = codec is not None and codec.stream
-    if trellis:
-        rules = ("norm",)
+    rules = options(name)
     out: dict[str, NDArray[Any]] = {"rules": np.array(rules)}
-    for d in HEAD_SIZES[:2] if trellis else HEAD_SIZES:
-        x = inputs(d)[:1] if trellis else inputs(d)
-        for side in SIDES:
-            if exact:
-                packed = [encode(as_elements(x, dtype), name, side=side) for dtype in rules]
-            else:
-                packed = [encode(x, name, rule or None, side) for rule in rules]
-            out[f"{side}_{d}_sha256"] = np.array([_digest(each) for each in packed])
-            if d in (64, 128) and name in FIRST:
-                out[f"{side}_{d}_tile0"] = np.stack([each[0, 0] for each in packed])
-            elif d == 64 and not exact:
-                out[f"{side}_{d}_tile0"] = packed[0][0, 0][None]
-    if codec is not None and codec.rotated:
-        options = [text for text in OPTIONS if codec.scale_rules or "," not in text]
-        out["options"] = np.array(options)
-        x = inputs(64)[:1] if trellis else inputs(64)
-        for side in SIDES:
-            out[f"{side}_64_options_sha256"] = np.array([_centred(x, name, side, *text.split(",")) for text in options])
+
+    def packed(d: int, side: str) -> list[NDArray[np.uint8]]:
+        if exact:
+            return [encode(as_elements(inputs(d), dtype), name, side=side) for dtype in rules]
+        empty = np.zeros(0, np.uint8)
+        return [encode(inputs(d), name, rule or None, side) if d in head_sizes(name, rule) else empty for rule in rules]
+
+    if exact or name in BYTES:
+        for d, side in ((d, side) for d in HEAD_SIZES for side in SIDES):
+            each_rule = packed(d, side)
+            out[f"{side}_{d}_sha256"] = np.array([_digest(each) for each in each_rule])
+            if not exact and d in ((64,) if name == "q8_0" else (64, 128)):
+                out[f"{side}_{d}_tile0"] = np.stack([each[0, 0] for each in each_rule])
+    else:
+        out["sha256"] = np.array([[[_digest(x) for x in packed(d, side)] for d in HEAD_SIZES] for side in SIDES])
+    if any(option[0] == name for option in OPTIONS):
+        out["options_sha256"] = np.array(
+            [[_with_options(*option, side) for side in SIDES] for option in OPTIONS if option[0] == name]
+        )
     if name == "tq4":
         x = inputs(128)
         sides = encode(x, "tq4", side="key"), encode(x, "tq3", side="value")

@@ -64,7 +64,7 @@ def test_golden_bytes(name: str) -> None:
 def test_golden_files_are_small_and_complete() -> None:
     files = sorted(GOLDEN.glob("*.npz"))
     assert [file.stem for file in files] == sorted(names())
-    assert sum(file.stat().st_size for file in files) <= 200_000
+    assert sum(file.stat().st_size for file in files) <= 100_000
 
 
 def test_golden_input_is_pinned() -> None:

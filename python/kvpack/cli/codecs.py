@@ -59,6 +59,6 @@ def codecs(json: JsonOption = False, debug: DebugOption = False) -> None:
     console.print(table)
     console.print(
         "Options: scale=stored|norm|mse|unbiased (default norm) and search, of codecs with one scale for the vector;\n"
-        "center=none|mean|tile of rotated ones (caches: tile for keys, mean for values). Like tcq3:center=tile,search.",
+        "center=none|mean|tile of rotated ones (a cache: tile for keys, mean for values). So: tcq3:center=tile,search.",
         markup=False,
     )

@@ -112,9 +112,8 @@ class Emulator:
         spec = self.rule.spec
         held = self._coded.setdefault(layer, _Coded())
         if held.tokens < tokens:
-            key_codec, value_codec = (
-                of_cache(c, s, spec.sinks) for c, s in zip(spec.codecs(layer), SIDES, strict=True)
-            )
+            pair = zip(spec.codecs(layer), SIDES, strict=True)
+            key_codec, value_codec = (of_cache(codec, side, spec.sinks) for codec, side in pair)
             # Whole tiles stay as they are, but for the mean of a row, which is that of its first tile.
             whole = 0 if "mean" in (key_codec.center, value_codec.center) else held.tokens // TILE * TILE
             here = slice(spec.sinks + whole, spec.sinks + tokens)

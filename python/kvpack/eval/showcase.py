@@ -27,7 +27,7 @@ from .results import Divergence
 from .speed import STOCK, DecodeSpeed, continue_text, decode_speed, prefill
 from .texts import Text, cut_windows
 
-CODECS = ("q8_0", "q4_0", "tq4", "tq4/tq3", "tq3", "tq2")
+CODECS = ("q8_0", "q4_0", "tq4", "tq4/tq3", "tq3", "tcq3", "tq2", "tcq2")
 ANCHOR = "tq4"
 QUESTION = "In one paragraph, explain what the try statement does in Python."
 PLAIN_QUESTION = "Summarise the text above in one paragraph."

@@ -28,7 +28,7 @@ def nbytes(*caches: StockCache) -> int:
 def memory(*caches: StockCache) -> dict[str, int]:
     """Bytes by kind; the kinds are disjoint and add up to `nbytes`.
 
-    codes, scales, means: of the tiles in use (the mean of a row counts in every page, which has a copy). window,
+    codes, scales, means: of the tiles in use; the mean of a row counts in every page, which has a copy. window,
     sinks: their buffers, with free room; tokens that wait to be placed count as window. slack: slots of pages that
     are not in use. tables: page addresses, tile counts, padding. other: layers that are not packed. workspace: kept
     between calls (none is: attend asks torch for its own and gives it back).

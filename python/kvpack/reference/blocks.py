@@ -41,17 +41,18 @@ def _steps(x: F32, bits: int) -> tuple[Codes, F32, NDArray[np.int32], NDArray[np
     """
     scaled, e, live = normalise(in_blocks(x))
     if bits == 8:
-        peak: F32 = np.where(live, np.max(np.abs(scaled), axis=-1, keepdims=True), np.float32(127))
+        peak = np.where(live, np.max(np.abs(scaled), axis=-1, keepdims=True), np.float32(127))
         step = peak / np.float32(127)
-        codes = np.rint(scaled * (np.float32(1) / step)) + np.float32(128)  # rint: ties to even
+        inv = np.float32(1) / step
+        codes = np.rint(scaled * inv) + np.float32(128)  # rint: ties to even
     else:
         middle = np.float32(1 << (bits - 1))
         first = np.argmax(np.abs(scaled), axis=-1, keepdims=True)
-        extreme: F32 = np.where(live, np.take_along_axis(scaled, first, axis=-1), -middle)
-        step = extreme / -middle
-        codes = np.trunc(scaled * (np.float32(1) / step) + (middle + np.float32(0.5)))
-        codes = np.minimum(codes, np.float32(2) * middle - np.float32(1))
-    return from_blocks(codes.astype(np.uint8), x.shape[-1]), step, e, live
+        extreme = np.where(live, np.take_along_axis(scaled, first, axis=-1), np.float32(-middle))
+        step = extreme / np.float32(-middle)
+        inv = np.float32(1) / step
+        codes = np.minimum(np.trunc(scaled * inv + np.float32(middle + 0.5)), np.float32(2 * middle - 1))
+    return from_blocks(codes.astype(np.uint8), x.shape[-1]), step.astype(np.float32, copy=False), e, live
 
 
 def blocks_quantize(x: F32, side: str, rule: str, search: bool, mean: Mean | None, *, bits: int) -> tuple[Codes, F32]:

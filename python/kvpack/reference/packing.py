@@ -84,18 +84,18 @@ def _fields_to_planes(codes: U8, bits: int, stream: bool) -> U8:
         return np.stack(planes, axis=-2)
     if bits == 5:
         high = _merge(codes >> 4, 1)
-        planes = [_merge(codes[..., 2 * p : 2 * p + 2, :] & 15, 4) for p in range(4)]
-        return np.stack([*planes, high], axis=-2)
+        low = [_merge(codes[..., 2 * p : 2 * p + 2, :] & 15, 4) for p in range(4)]
+        return np.stack([*low, high], axis=-2).astype(np.uint8)
     merged = _merge(codes, bits)
     return np.stack([(merged >> 8 * p & 255).astype(np.uint8) for p in range(_PLANES[bits])], axis=-2)
 
 
-def _merge(codes: NDArray[Any], bits: int) -> NDArray[Any]:
-    """[..., dwords, 4] -> [..., 4]: code_j << bits * j."""
-    wide: NDArray[Any] = codes.astype(np.uint32 if bits * codes.shape[-2] > 8 else np.uint8)
-    out: NDArray[Any] = wide[..., 0, :]
+def _merge(codes: NDArray[Any], bits: int) -> NDArray[np.uint32]:
+    """[..., dwords, 4] -> [..., 4]: code_j << bits * j, up to 32 bits."""
+    wide = codes.astype(np.uint32)
+    out = wide[..., 0, :]
     for j in range(1, codes.shape[-2]):
-        out = out | wide[..., j, :] << wide.dtype.type(bits * j)
+        out = out | wide[..., j, :] << np.uint32(bits * j)
     return out
 
 
@@ -108,9 +108,9 @@ def _planes_to_fields(planes: U8, bits: int, stream: bool) -> U8:
         fields = [planes[..., j // 2, :] >> 4 * (j % 2) & 15 | (planes[..., 4, :] >> j & 1) << 4 for j in range(8)]
     else:
         wide = planes.astype(np.uint32)
-        merged: NDArray[Any] = wide[..., 0, :]
+        merged = wide[..., 0, :]
         for p in range(1, _PLANES[bits]):
-            merged = merged | wide[..., p, :] << 8 * p
+            merged = merged | wide[..., p, :] << np.uint32(8 * p)
         fields = [(merged >> bits * j & (1 << bits) - 1).astype(np.uint8) for j in range(_DWORDS[bits])]
     return np.stack(fields, axis=-2)
 

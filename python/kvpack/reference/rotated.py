@@ -116,7 +116,8 @@ def match(x: Rotated, q: NDArray[np.int8], unit: float) -> Match:
 
 def squared_error(scale: F32, m: Match) -> F32:
     """|x' - scale q|^2 - |x'|^2."""
-    return (scale * m.cc - np.float32(2) * m.xc) * scale
+    error = (scale * m.cc - (m.xc + m.xc)) * scale
+    return error.astype(np.float32, copy=False)
 
 
 def _stored(m: Match) -> F32:

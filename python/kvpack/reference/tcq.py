@@ -20,7 +20,7 @@ __all__ = ["order", "tcq_levels", "tcq_quantize"]
 
 F32 = NDArray[np.float32]
 Codes = NDArray[np.uint8]
-Array = TypeVar("Array", F32, Codes, NDArray[np.int8])
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def order(steps: int) -> NDArray[np.intp]:
@@ -28,13 +28,13 @@ def order(steps: int) -> NDArray[np.intp]:
     return np.arange(steps).reshape(-1, 4).T.reshape(-1)
 
 
-def sequences(x: Array, side: str) -> Array:
+def sequences(x: NDArray[Scalar], side: str) -> NDArray[Scalar]:
     """[n, 64 tokens, d] -> [n * lanes, steps]."""
     lanes = x if side == "key" else np.swapaxes(x, 1, 2)
     return lanes[..., order(lanes.shape[-1])].reshape(-1, lanes.shape[-1])
 
 
-def from_sequences(rows: Array, side: str, d: int) -> Array:
+def from_sequences(rows: NDArray[Scalar], side: str, d: int) -> NDArray[Scalar]:
     """The inverse: [n * lanes, steps] -> [n, 64 tokens, d]."""
     steps = rows.shape[-1]
     lanes = np.empty_like(rows)
