@@ -34,13 +34,13 @@ using Tcq4 = Tcq<Tcq4Code>;
 // Step n of a sequence of `steps` is this depth of the tile.
 constexpr int32_t trellis_depth(int32_t n, int32_t steps) { return n % (steps / 4) * 4 + n / (steps / 4); }
 
-// The window after one more code, and its level.
+// The window after one more code, and its level. Never out of line: ISA units export nothing but their table.
 template <class Code>
-constexpr uint32_t next_window(uint32_t window, uint32_t code) {
+[[gnu::always_inline]] constexpr uint32_t next_window(uint32_t window, uint32_t code) {
   return window >> Code::kEvenBits | code << (9 - Code::kEvenBits);
 }
 template <class Code>
-constexpr int8_t window_level(uint32_t window) {
+[[gnu::always_inline]] constexpr int8_t window_level(uint32_t window) {
   constexpr TrellisLevels levels = Code::levels();
   const int8_t level = levels.level[0][(window >> 1) & 127];
   return static_cast<int8_t>(((window ^ (window >> 8)) & 1) != 0 ? -level : level);

@@ -89,7 +89,7 @@ struct DecodeArgs {
 };
 
 // Gains that the search of the encode scale tries besides 1.
-inline constexpr float kSearchGains[6] = {0.88F, 0.92F, 0.96F, 1.04F, 1.08F, 1.12F};
+constexpr float kSearchGains[6] = {0.88F, 0.92F, 0.96F, 1.04F, 1.08F, 1.12F};
 
 // The mean of a tile or of a row, for a group of query rows.
 struct MeanArgs {

@@ -66,6 +66,7 @@ TEST(pages_have_what_rows_have) {
         for (const int32_t padding : {0, 70, 300})  // the first tile with a token is 0, 1, 4
           for (const Side side : kSides) {
             const int64_t code = centred(id, center);
+            if (!check::full() && id == 12 && (d != 80 || padding != 70)) continue;  // searching takes long
             const check::Context context(inputs::info_of(code).name, " centre ", static_cast<int>(center), " head_dim ",
                                          d, " padding ", padding, " side ", static_cast<int>(side));
             const auto x = rows_of(d, padding, static_cast<uint64_t>(d + padding));

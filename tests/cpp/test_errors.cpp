@@ -265,7 +265,7 @@ TEST(unknown_level) {
 TEST(host_control_does_not_change_codes) {
   for (const int64_t code : inputs::codes_with_options(check::full()))
     for (const int32_t d : kHeadDims) {
-      if (inputs::skip(code, d)) continue;
+      if (inputs::skip(code, d) || (!check::full() && inputs::info_of(code).trellis && d != 80)) continue;
       const check::Context context(inputs::info_of(code).name, " code ", code, " head_dim ", d);
       const auto x = [&] {
         auto all = inputs::golden(d);  // with denormals and scales that underflow
