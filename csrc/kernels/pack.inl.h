@@ -50,8 +50,11 @@ inline void pack_line(const uint32_t* const (&c)[kvpack::unit_dwords(Bits)], uin
           (c[2][l] >> 2 & every_byte(0x01)) | c[3][l] << 1 | c[4][l] << 4 | (c[5][l] & every_byte(0x01)) << 7;
       line[32 + l] = (c[5][l] >> 1 & every_byte(0x03)) | c[6][l] << 2 | c[7][l] << 5;
     } else if constexpr (Bits == 5) {
-      uint32_t high = 0;
-      for (int j = 0; j < 8; ++j) high |= (c[j][l] >> 4 & every_byte(0x01)) << j;
+      // Bit 4 of code j becomes bit j. Written out: GCC 12 loses the loop under UBSan.
+      const uint32_t high = (c[0][l] >> 4 & every_byte(0x01)) | (c[1][l] >> 3 & every_byte(0x02)) |
+                            (c[2][l] >> 2 & every_byte(0x04)) | (c[3][l] >> 1 & every_byte(0x08)) |
+                            (c[4][l] & every_byte(0x10)) | (c[5][l] << 1 & every_byte(0x20)) |
+                            (c[6][l] << 2 & every_byte(0x40)) | (c[7][l] << 3 & every_byte(0x80));
       for (int p = 0; p < 4; ++p)
         line[16 * p + l] = (c[2 * p][l] & every_byte(0x0f)) | (c[2 * p + 1][l] & every_byte(0x0f)) << 4;
       line[64 + l] = high;
