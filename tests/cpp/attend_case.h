@@ -75,14 +75,14 @@ struct Array {
     return bytes.data() + b * s.batch + h * s.head + t * s.token;
   }
   void fill(Random& random, float gain, float common = 0.0F) {
-    std::vector<float> x(static_cast<size_t>(dim)), offset(x.size(), 0.0F);
+    float x[kMaxHeadDim], offset[kMaxHeadDim] = {};
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t h = 0; h < heads; ++h) {
         if (common != 0.0F)
           for (float& v : offset) v = common * random.normal();
         for (int64_t t = 0; t < tokens; ++t) {
-          for (size_t i = 0; i < x.size(); ++i) x[i] = offset[i] + gain * random.normal();
-          store_row(x.data(), dtype, static_cast<int32_t>(dim), row(b, h, t));
+          for (int64_t i = 0; i < dim; ++i) x[i] = offset[i] + gain * random.normal();
+          store_row(x, dtype, static_cast<int32_t>(dim), row(b, h, t));
         }
       }
   }
