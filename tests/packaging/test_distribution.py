@@ -96,7 +96,7 @@ def test_the_sdist_holds_sources_and_nothing_else(sdist: Path) -> None:
     assert sources <= names
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.xdist_group("build")
 def test_the_sdist_installs_where_there_is_no_torch(sdist: Path, tmp_path: Path) -> None:
     """The way of a user without torch: pip, with build isolation, into a new environment."""
