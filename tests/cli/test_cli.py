@@ -20,6 +20,7 @@ import kvpack
 from kvpack.cli.app import app
 from kvpack.cli.common import codec_list, figure, int_list, size
 from kvpack.eval import bench as benches
+from kvpack.eval.showcase import CODECS
 
 SMALL = ["--model", "random", "--length", "260", "--count", "2", "--window", "20"]
 
@@ -188,8 +189,8 @@ def test_demo_falls_back_to_random_weights_and_says_so() -> None:
 def test_demo_json() -> None:
     found = run_json("demo", "--quick", "--model", "random")
     assert found["random"]
-    assert len(found["written"]) == 7
-    assert len(found["held"]) == 7
+    assert len(found["written"]) == 1 + len(CODECS)
+    assert len(found["held"]) == 1 + len(CODECS)
     assert {row["mode"] for row in found["quality"]} == {"emulated"}
     assert found["anchor"]["mode"] == "stepwise"
     assert found["anchor"]["fused"]

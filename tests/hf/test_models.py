@@ -179,7 +179,7 @@ def test_the_cache_says_what_it_is() -> None:
     assert cache.get_mask_sizes(5, 0) == (5, 0)
     assert cache.get_seq_length() == 0
     stats = cache.stats()[1]
-    assert (stats.layer, stats.key, stats.value) == (1, "tq4", "tq3:scale=mse")
+    assert (stats.layer, stats.key, stats.value) == (1, "tq4:center=tile", "tq3:scale=mse,center=mean")
 
 
 def test_value_defaults_to_key() -> None:
