@@ -39,8 +39,26 @@ struct ReadAs<Codec> {
   using type = typename Codec::Reads;
 };
 
+// Blocks of dims that have a scale of their own.
 constexpr int32_t scale_blocks(int32_t scale_block, int32_t bits, int32_t head_dim) {
   return bits == 0 ? 0 : (scale_block == 0 ? 1 : (head_dim + scale_block - 1) / scale_block);
+}
+
+// Sizes of one side of a tile: rows of 64 fp16 scales, and bytes of codes (`exact`: 0, the element type decides). A
+// traits struct with members of these names says otherwise.
+template <class Codec>
+constexpr int32_t scale_rows_of(Side side, int32_t head_dim) {
+  if constexpr (requires { Codec::scale_rows(side, head_dim); })
+    return Codec::scale_rows(side, head_dim);
+  else
+    return scale_blocks(Codec::kScaleBlock, Codec::kBits, head_dim);
+}
+template <class Codec>
+constexpr size_t code_bytes_of(int32_t head_dim) {
+  if constexpr (requires { Codec::code_bytes(head_dim); })
+    return Codec::code_bytes(head_dim);
+  else
+    return size_t{kTile / 8} * static_cast<size_t>(head_dim * Codec::kBits);
 }
 
 }  // namespace kvpack

@@ -18,6 +18,17 @@ constexpr std::array<CodecInfo, kCodecs> kInfo{{
 #undef KVPACK_CODEC
 }};
 
+// Sizes of one side of a tile, by codec.
+struct Sizes {
+  int32_t (*scale_rows)(Side, int32_t head_dim);
+  size_t (*code_bytes)(int32_t head_dim);
+};
+constexpr std::array<Sizes, kCodecs> kSizes{{
+#define KVPACK_CODEC(id, name, Traits, what, source) {scale_rows_of<Traits>, code_bytes_of<Traits>},
+#include "codecs/codecs.def"
+#undef KVPACK_CODEC
+}};
+
 void check_head_dim(int64_t d) {
   if (std::find(std::begin(kHeadDims), std::end(kHeadDims), d) != std::end(kHeadDims)) return;
   std::string allowed;
@@ -48,7 +59,10 @@ SideLayout layout_of(int64_t codec, int64_t head_dim, Side side) {
   if (!info.rotated && code.center != Center::none) refuse("centring");
   if (info.bits != 0 && code.dtype != Dtype::f32) refuse("element dtype");
   const auto d = static_cast<int32_t>(head_dim);
-  return side_layout(info.bits, scale_blocks(info.scale_block, info.bits, d), d, side, code.dtype, code.center);
+  const Sizes& sizes = kSizes[static_cast<size_t>(code.id)];
+  const size_t elements = static_cast<size_t>(kTile * d) * static_cast<size_t>(dtype_bytes(code.dtype));
+  return side_layout(info.bits, d, side, code.center, sizes.scale_rows(side, d),
+                     info.bits == 0 ? elements : sizes.code_bytes(d));
 }
 
 }  // namespace kvpack

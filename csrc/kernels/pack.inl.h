@@ -131,7 +131,7 @@ template <int Bits, bool Stream>
 void pack_codes(const uint8_t* codes, int head_dim, kvpack::Side side, uint8_t* packed) {
   alignas(64) DwordMatrix m;
   codes_to_dwords(codes, head_dim, side, m);
-  const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32, kvpack::Center::none).grid();
+  const auto grid = kvpack::code_grid(Bits, head_dim, side);
   for_each_line<Bits>(grid, static_cast<const uint32_t*>(m),
                       [&](size_t at, const uint32_t* const(&c)[kvpack::unit_dwords(Bits)]) {
                         alignas(64) uint32_t line[16 * kvpack::unit_lines(Bits)];
@@ -143,7 +143,7 @@ void pack_codes(const uint8_t* codes, int head_dim, kvpack::Side side, uint8_t* 
 template <int Bits, bool Stream>
 void unpack_codes(const uint8_t* packed, int head_dim, kvpack::Side side, uint8_t* codes) {
   alignas(64) DwordMatrix m;
-  const auto grid = kvpack::side_layout(Bits, 1, head_dim, side, kvpack::Dtype::f32, kvpack::Center::none).grid();
+  const auto grid = kvpack::code_grid(Bits, head_dim, side);
   for_each_line<Bits>(grid, static_cast<uint32_t*>(m), [&](size_t at, uint32_t* const(&c)[kvpack::unit_dwords(Bits)]) {
     alignas(64) uint32_t line[16 * kvpack::unit_lines(Bits)];
     __builtin_memcpy(line, packed + at, sizeof line);

@@ -46,7 +46,7 @@ constexpr int32_t kFormatVersion = 1;
 constexpr int32_t unit_dwords(int32_t bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8; }
 constexpr int32_t unit_lines(int32_t bits) { return bits == 3 || bits == 5 ? bits : 1; }
 
-// The shape of the code section of one side.
+// The shape of a section of codes of one width: of the code section of a codec that has one width.
 struct CodeGrid {
   int32_t bits, lanes, depth;
   constexpr int32_t units() const { return depth / (4 * unit_dwords(bits)); }  // whole ones
@@ -65,10 +65,13 @@ struct CodeGrid {
     return line(sb, units(), 0) + static_cast<size_t>(pair * unit_lines(bits)) * kLine;
   }
 };
+constexpr CodeGrid code_grid(int32_t bits, int32_t head_dim, Side side) {
+  return side == Side::key ? CodeGrid{bits, kTile, head_dim} : CodeGrid{bits, head_dim, kTile};
+}
 
 // Where the sections of one side of a tile lie, standing alone (a Packed array) or inside a record.
 struct SideLayout {
-  int32_t bits, scale_blocks, head_dim;
+  int32_t bits, head_dim;
   Side side;
   Center center;
   size_t scale_bytes, code_bytes;
@@ -81,21 +84,12 @@ struct SideLayout {
   constexpr size_t mean_bytes() const { return static_cast<size_t>(head_dim) + 2; }
   // Which of them is the mean of a tile.
   constexpr int64_t mean_of(int64_t tile) const { return center == Center::tile ? tile : tile / kPageTiles; }
-  constexpr CodeGrid grid() const {
-    return side == Side::key ? CodeGrid{bits, kTile, head_dim} : CodeGrid{bits, head_dim, kTile};
-  }
 };
 
-constexpr SideLayout side_layout(int32_t bits, int32_t scale_blocks, int32_t head_dim, Side side, Dtype dtype,
-                                 Center center) {
-  const size_t values = static_cast<size_t>(kTile) * static_cast<size_t>(head_dim);
-  return {bits,
-          scale_blocks,
-          head_dim,
-          side,
-          center,
-          static_cast<size_t>(scale_blocks) * kTile * 2,
-          bits == 0 ? values * static_cast<size_t>(dtype_bytes(dtype)) : values * static_cast<size_t>(bits) / 8};
+// Of a codec with codes of `bits` (0: elements) in so many bytes, and rows of 64 fp16 scales.
+constexpr SideLayout side_layout(int32_t bits, int32_t head_dim, Side side, Center center, int32_t scale_rows,
+                                 size_t code_bytes) {
+  return {bits, head_dim, side, center, static_cast<size_t>(scale_rows) * kTile * 2, code_bytes};
 }
 
 // Offsets in the part of a page that belongs to one KV head.

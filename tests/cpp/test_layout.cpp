@@ -22,8 +22,7 @@ TEST(every_bit_belongs_to_one_code) {
     for (const int d : kHeadDims)
       for (const Side side : kSides) {
         const check::Context context("bits ", bits, " head_dim ", d, " side ", static_cast<int>(side));
-        const size_t bytes = side_layout(bits, 1, d, side, Dtype::f32, Center::none).code_bytes;
-        CHECK_EQ(bytes, static_cast<size_t>(kTile * d * bits / 8));
+        const auto bytes = static_cast<size_t>(kTile * d * bits / 8);
         std::vector<int> owners(bytes * 8, 0);
         for (int token = 0; token < kTile; ++token)
           for (int dim = 0; dim < d; ++dim) {
@@ -76,7 +75,7 @@ TEST(lines_are_where_the_fields_are) {
   for (const auto& [bits, stream] : kWidths)
     for (const int d : kHeadDims)
       for (const Side side : kSides) {
-        const CodeGrid grid = side_layout(bits, 1, d, side, Dtype::f32, Center::none).grid();
+        const CodeGrid grid = code_grid(bits, d, side);
         int64_t wrong = 0;
         for (int token = 0; token < kTile; ++token)
           for (int dim = 0; dim < d; ++dim) {

@@ -40,7 +40,10 @@ def check_bytes(impl: Implementation, key: str, value: str, dtype: str, counts: 
     )
     key_data, key_means = reference_bytes(cache.keys, key, "key")
     value_data, value_means = reference_bytes(cache.values, value, "value")
-    sizes = reference.sections(named(key)["name"], 128, dtype), reference.sections(named(value)["name"], 64, dtype)
+    sizes = (
+        reference.sections(named(key)["name"], 128, "key", dtype),
+        reference.sections(named(value)["name"], 64, "value", dtype),
+    )
     records = reference.join_record(key_data, value_data, *sizes)
     pages = cache.table.shape[1]
     for row in range(2):

@@ -83,7 +83,7 @@ def test_sizes() -> None:
     assert sections("tq3", 128) == (128, 3072)
     assert sections("q8_0", 128) == (512, 8192)
     assert sections("q4_0", 64) == (256, 2048)
-    assert [sections("exact", 64, dtype)[1] for dtype in ("float32", "float16", "bfloat16")] == [
+    assert [sections("exact", 64, "key", dtype)[1] for dtype in ("float32", "float16", "bfloat16")] == [
         16384,
         8192,
         8192,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import CENTERS, CODECS, HEAD_SIZES, SCALE_RULES, unsupported_head_size
+from ..reference import CENTERS, CODECS, HEAD_SIZES, SCALE_RULES, SIDES, unsupported_head_size
 from ..reference import TILE as TILE  # explicitly, for the other modules here
 
 PAGE_TILES = 4
@@ -44,14 +44,12 @@ class Codec(NamedTuple):
     def exact(self) -> bool:
         return self.name == "exact"
 
-    @property
-    def bits(self) -> int:
-        """Bits of one code (of one element, if exact)."""
-        return self.dtype.itemsize * 8 if self.exact else CODECS[self.name].bits
-
-    def scale_blocks(self, head_dim: int) -> int:
-        """Scales per token: 0 for exact, 1 for codecs with one scale for the vector."""
-        return 0 if self.exact else CODECS[self.name].scales_of(head_dim)
+    def sections(self, head_dim: int, side: int) -> tuple[int, int]:
+        """Bytes of (scales, codes) of one side of a tile."""
+        if self.exact:
+            return 0, TILE * head_dim * self.dtype.itemsize
+        codec = CODECS[self.name]
+        return 2 * TILE * codec.scale_rows(head_dim, SIDES[side]), codec.code_bytes(head_dim)
 
 
 class Sections(NamedTuple):
@@ -143,8 +141,7 @@ def sections(code: int, head_dim: int, side: int) -> Sections:
     check_head_dim(head_dim)
     check_side(side)
     means = MEANS_PER_PAGE[codec.center]
-    scales = codec.scale_blocks(head_dim) * TILE * 2
-    return Sections(scales, TILE * head_dim * codec.bits // 8, means, means * (head_dim + 2))
+    return Sections(*codec.sections(head_dim, side), means, means * (head_dim + 2))
 
 
 def mean_count(code: int, tiles: int) -> int:

@@ -17,10 +17,8 @@ from .packing import (
     SIDES,
     TILE,
     check_side,
-    pack_codes,
     pack_elements,
     pack_scales,
-    unpack_codes,
     unpack_elements,
     unpack_scales,
 )
@@ -89,20 +87,20 @@ def codec_code(
     return CODECS[name].id | (list(SCALE_RULES).index(rule) << 8 if rule else 0) | options
 
 
-def sections(name: str, head_dim: int, dtype: str = "float32") -> Sections:
-    """Bytes of (scales, codes) of one side of a tile, key or value. `dtype` is for exact only."""
+def sections(name: str, head_dim: int, side: str = "key", dtype: str = "float32") -> Sections:
+    """Bytes of (scales, codes) of one side of a tile. `dtype` is for exact only."""
     check_head_size(head_dim)
     scale_rule(name, None)  # the name is known
     if name == "exact":
         return 0, TILE * head_dim * DTYPES[_dtype(dtype)].itemsize
     codec = CODECS[name]
-    return 2 * TILE * codec.scales_of(head_dim), TILE * head_dim * codec.bits // 8
+    return 2 * TILE * codec.scale_rows(head_dim, side), codec.code_bytes(head_dim)
 
 
 def side_bytes(name: str, head_dim: int, side: str = "key", dtype: str = "float32") -> int:
     """Bytes of one side of a tile, without means. ValueError for an unknown codec, side, dtype or head size."""
     check_side(side)
-    return sum(sections(name, head_dim, dtype))
+    return sum(sections(name, head_dim, side, dtype))
 
 
 def encode(
@@ -143,8 +141,7 @@ def encode(
         return pack_elements(in_tiles(filled), side)
     found = None if mean is None else _split_means(mean)
     codes, scales = quantize(filled, name, scale, side, center, search, found)
-    codec = CODECS[name]
-    packed = pack_codes(in_tiles(codes), codec.bits, side, codec.stream)
+    packed = CODECS[name].pack(in_tiles(codes), side)
     return np.concatenate((pack_scales(in_tiles(scales)), packed), axis=-1)
 
 
@@ -178,7 +175,7 @@ def decode(
     dtype: of the elements, for `exact` only. mean: as `encode_means` gives it; None: there is none.
     ValueError for sizes that do not fit.
     """
-    scale_bytes, code_bytes = sections(name, head_dim, dtype)
+    scale_bytes, code_bytes = sections(name, head_dim, side, dtype)
     if packed.ndim < 2 or packed.shape[-1] != side_bytes(name, head_dim, side, dtype):
         want = scale_bytes + code_bytes
         raise ValueError(f"packed has the shape {packed.shape}; {name} needs [..., tiles, {want}] for d = {head_dim}")
@@ -194,8 +191,7 @@ def decode(
         with np.errstate(invalid="ignore"):  # signalling NaN
             x = elements.astype(np.float64)
     else:
-        codec = CODECS[name]
-        codes = unpack_codes(code_part, codec.bits, side, head_dim, codec.stream)
+        codes = CODECS[name].unpack(code_part, side, head_dim)
         scales = unpack_scales(packed[..., :scale_bytes])
         flat = (*lead, tiles * TILE)
         found = None if mean is None else _split_means(mean)

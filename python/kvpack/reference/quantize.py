@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .blocks import block_levels, blocks_quantize, rotated_blocks_quantize
 from .codebooks import CODEBOOKS
+from .packing import pack_codes, unpack_codes
 from .rotated import SCALE_RULES, Mean, mean_of
 from .rotation import rotate
 from .tcq import tcq_levels, tcq_quantize
@@ -65,9 +66,29 @@ class Codec:
     scale_block: int = 0  # values that share one fp16 scale; 0: all of a vector
     stream: bool = False  # codes are the bits of a stream (packing of 3 bits)
 
-    def scales_of(self, d: int) -> int:
-        """Scales of one vector of d values; the last block may be shorter."""
+    def scale_rows(self, d: int, side: str) -> int:
+        """Rows of 64 fp16 scales of one side of a tile: one for each block of a vector, the last may be shorter."""
         return -(-d // self.scale_block) if self.scale_block else 1
+
+    def code_bytes(self, d: int) -> int:
+        """Bytes of the codes of one side of a tile."""
+        return 8 * d * self.bits
+
+    def pack(self, codes: Codes, side: str) -> Codes:
+        """Codes [..., 64, d] of tiles -> their bytes [..., code_bytes]."""
+        return pack_codes(codes, self.bits, side, self.stream)
+
+    def unpack(self, packed: Codes, side: str, d: int) -> Codes:
+        """The inverse of `pack`."""
+        return unpack_codes(packed, self.bits, side, d, self.stream)
+
+    def dequantize(self, codes: Codes, scales: F16, side: str) -> F64:
+        """Vectors of tiles [n, 64, d] in the codec's domain, without their mean; scales [n, 64, rows]."""
+        wide = scales.astype(np.float64)
+        if self.scale_block:
+            wide = np.repeat(wide, self.scale_block, axis=-1)[..., : codes.shape[-1]]
+        values: F64 = self.levels(codes, side) * wide
+        return values
 
 
 def _lloyd_max(id: int, name: str) -> Codec:
@@ -232,7 +253,7 @@ def quantize(
     *lead, tokens, d = x.shape
     tiles = -(-tokens // 64)
     if x.size == 0:
-        blocks = codec.scales_of(d)
+        blocks = codec.scale_rows(d, side)
         return np.zeros((*lead, tokens, d), np.uint8), np.zeros((*lead, tokens, blocks), np.float16)
     found = means(x, name, center, side) if mean is None else mean
     of_tiles = None if center == "none" else _of_tiles(found, tiles, center)
@@ -253,12 +274,8 @@ def dequantize(
     """
     codec = _lookup(name)
     *lead, tokens, d = codes.shape
-    levels = codec.levels(_tiles(codes), side).astype(np.float64)
     tiles = -(-tokens // 64)
-    wide = _tiles(scales).astype(np.float64)
-    if codec.scale_block:
-        wide = np.repeat(wide, codec.scale_block, axis=-1)[..., :d]
-    x: F64 = levels * wide
+    x = codec.dequantize(_tiles(codes), _tiles(scales), side)
     if mean is not None and mean[0].shape[-2]:
         center = "tile" if mean[0].shape[-2] == tiles else "mean"
         of_tile = _of_tiles(mean, tiles, center)
