@@ -10,6 +10,7 @@ if [ "${1:-}" = --full ]; then
 fi
 PATH="$PWD/.venv/bin:$PATH"
 export PATH OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+export UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_stack_use_after_return=1
 export KVPACK_NOTEBOOK=small
 export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-2}"
 failed=0
@@ -35,11 +36,14 @@ skip() {
   steps="$steps, $1 SKIPPED"
 }
 
-# Configure, build and run the C++ tests of a preset.
+# Configures a build directory, builds it, runs its C++ tests: cpp LOG DIRECTORY CONFIGURE...
 cpp() {
-  cmake --preset "$1" ${eigen:+-DEigen3_DIR="$eigen"} >"build/$1.log" 2>&1 || { cat "build/$1.log"; return 1; }
-  cmake --build --preset "$1" >>"build/$1.log" 2>&1 || { tail -n 60 "build/$1.log"; return 1; }
-  ctest --preset "$1" --parallel "$CMAKE_BUILD_PARALLEL_LEVEL"
+  log=build/$1.log
+  directory=$2
+  shift 2
+  "$@" ${eigen:+-DEigen3_DIR="$eigen"} >"$log" 2>&1 || { cat "$log"; return 1; }
+  cmake --build "$directory" >>"$log" 2>&1 || { tail -n 60 "$log"; return 1; }
+  ctest --test-dir "$directory" --output-on-failure --no-tests=error --parallel "$CMAKE_BUILD_PARALLEL_LEVEL"
 }
 
 neon() {
@@ -48,7 +52,7 @@ neon() {
   elif ! command -v qemu-aarch64 >/dev/null; then
     skip neon "no qemu-aarch64 (Debian: qemu-user)"
   else
-    step neon cpp arm64-qemu
+    step neon cpp neon build/arm64-qemu cmake --preset arm64-qemu -DKVPACK_TEST_ALL="$full"
   fi
 }
 
@@ -56,8 +60,10 @@ mkdir -p build
 # The C++ tests use Eigen: the system's, or the one that pip installed (cmeel-eigen).
 eigen=$(find "$PWD/.venv/lib" -type d -path "*cmeel.prefix/share/eigen3/cmake" 2>/dev/null | head -n 1)
 step lint tools/lint.sh
-step cpp cpp dev
-step sanitizers cpp asan
+# The tests of the core are linked to the objects that were installed.
+installed=$(ls -dt build/cp3* | head -n 1)
+step cpp cpp cpp "$installed" cmake "$installed" -DKVPACK_TESTS=ON
+step sanitizers cpp asan build/asan cmake --preset asan -DKVPACK_TEST_ALL="$full"
 case "$(uname -m)" in
 aarch64 | arm64) skip neon "this machine is one: the C++ tests above ran on NEON" ;;
 *) neon ;;

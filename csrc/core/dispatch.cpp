@@ -13,28 +13,26 @@
 
 namespace kvpack {
 
-extern const KernelTable kTable_scalar;
-#ifdef KVPACK_X86
-extern const KernelTable kTable_avx2, kTable_avx512_vnni, kTable_avx512_vbmi;
-#endif
-#ifdef KVPACK_ARM
-extern const KernelTable kTable_neon, kTable_neon_dotprod;
-#endif
+// Of the levels that this build has (KVPACK_LEVEL_<name>).
+extern const KernelTable kTable_scalar, kTable_avx2, kTable_avx512_vnni, kTable_avx512_vbmi, kTable_neon,
+    kTable_neon_dotprod;
 
 namespace {
 
 std::vector<const KernelTable*> detect() {
   std::vector<const KernelTable*> tables{&kTable_scalar};
-#ifdef KVPACK_X86
+#ifdef KVPACK_LEVEL_avx2
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kTable_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+#ifdef KVPACK_LEVEL_avx512_vnni
     tables.push_back(&kTable_avx512_vnni);
+#endif
     if (__builtin_cpu_supports("avx512vbmi")) tables.push_back(&kTable_avx512_vbmi);
   }
 #endif
-#ifdef KVPACK_ARM
+#ifdef KVPACK_LEVEL_neon
   tables.push_back(&kTable_neon);
 #ifdef __linux__
   if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) tables.push_back(&kTable_neon_dotprod);
