@@ -24,7 +24,7 @@ from kvpack.eval import grid, load_model, load_text
 from kvpack.eval.cachespec import CacheSpec
 from kvpack.eval.needle import DEPTHS, needles
 from kvpack.eval.peers import PEERS, peer
-from kvpack.eval.quality import LONG, PEER, SHORT, OutOfTimeError, Sample, Study, available, samples
+from kvpack.eval.quality import FAKE, LONG, PEER, SHORT, OutOfTimeError, Sample, Study, available, samples
 from kvpack.eval.quality_report import Report, write_doc
 from kvpack.eval.quality_store import Store
 
@@ -38,6 +38,7 @@ def arguments() -> argparse.Namespace:
     add("--model", default="default")
     add("--texts", default="wikitext-2,pride-and-prejudice", help="texts, the first with the larger share")
     add("--codecs", default="", help="codecs, KEY/VALUE pairs or policies [default: every codec, both sides]")
+    add("--fake", default="tcq4,tq4,tcq3,tq3,tcq2,tq2", help="codecs to run in mode fake too, or none")
     add("--windows", type=int, default=32, help="windows of text")
     add("--places", type=int, default=10, help="places that they are from: the clusters of the intervals")
     add("--length", type=int, default=1024, help="tokens of a window; the first quarter is not scored")
@@ -89,6 +90,7 @@ def measure(study: Study, options: argparse.Namespace) -> None:
     study.held(found[0], [*ours, *also], **feed)
     first = max(length // 4, options.prompt)
     study.windows(SHORT, found, ours, first=first)
+    study.windows(FAKE, found, specs(options.fake, options), "fake", first=first)
     study.held(found[0], peers, **feed)
     study.windows(PEER, found[: options.peer_windows], [*peers, *also], "chunked", first=first, **feed)
     anchored = specs(options.anchor, options)

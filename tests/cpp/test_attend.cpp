@@ -89,6 +89,21 @@ TEST(centred_sides) {
       c.rows = {0, 0, 9, 9};
       check_case(c);
     }
+  // A learned sink logit does not move with the keys, so that what the mean takes from the scores has to come back whole.
+  for (const CodecInfo& info : codecs())
+    for (const Center center : {Center::mean, Center::tile}) {
+      if (!info.rotated) continue;
+      Case c;
+      c.batch = 1;
+      c.sinks = 0;
+      c.exact = c.query_tokens = 1;
+      c.sink_logits = true;
+      c.common = 3.0F;
+      c.key_codec = default_code(info, Dtype::f32, center);
+      c.value_codec = default_code(info);
+      c.precision = Precision::high;
+      check_case(c);
+    }
   Case c;
   c.batch = 1;
   c.counts.assign(66, kTile);

@@ -18,7 +18,7 @@ from kvpack.eval.metrics import Interval
 from kvpack.eval.models import LoadedModel
 from kvpack.eval.needle import haystack, needles
 from kvpack.eval.peers import PEERS, Peer, fill_peer, held_bytes, peer
-from kvpack.eval.quality import SHORT, OutOfTimeError, Sample, Study, available, samples
+from kvpack.eval.quality import FAKE, SHORT, OutOfTimeError, Sample, Study, available, samples
 from kvpack.eval.quality_report import BEGIN, END, Report, write_doc
 from kvpack.eval.quality_store import Store, figures, pack_bits, pack_floats, unpack_bits, unpack_floats
 from kvpack.eval.texts import Text, cut_places
@@ -46,6 +46,20 @@ def test_arrays_there_and_back() -> None:
     assert (unpack_floats(pack_floats(x)) == x).all()
     bits = x > 0.5
     assert (unpack_bits(pack_bits(bits), 100) == bits).all()
+
+
+def test_trellis_codes_beside_plain_ones(study: Study, found: list[Sample]) -> None:
+    specs = [CacheSpec("tq2", window=20), CacheSpec("tcq2", window=20)]
+    study.windows(SHORT, found, specs, first=100)
+    study.windows(FAKE, found[:1], specs, "fake", first=100)
+    lines = {study_name: report(study).lines(study_name) for study_name in (SHORT, FAKE)}
+    table = report(study).markdown()
+    row = next(line for line in table.splitlines() if line.startswith("| `tcq2` / `tq2`"))
+    for name, cell in zip((SHORT, FAKE), row.split("|")[2:4], strict=True):
+        samples = {line["sample"] for line in lines[name]["tq2"]}
+        means = [np.mean([line["mean"] for line in lines[name][label]]) for label in ("tcq2", "tq2")]
+        assert len(samples) == (len(found) if name == SHORT else 1)
+        assert float(cell.split("±")[0]) == pytest.approx(means[0] / means[1], abs=0.006)
 
 
 def test_a_line_says_what_divergence_says(study: Study, found: list[Sample], ids: Tensor, tiny: LoadedModel) -> None:

@@ -31,8 +31,8 @@ from .speed import prefill
 from .sweeps import fingerprint
 from .texts import Text, cut_places
 
-SHORT, LONG, ANCHOR, PEER = "short", "long", "anchor", "peers"
-"""Studies: the main table, long windows, the stepwise anchor, and the peers' own mode."""
+SHORT, FAKE, LONG, ANCHOR, PEER = "short", "fake", "long", "anchor", "peers"
+"""Studies: the main table, the same windows in mode `fake`, long windows, the stepwise anchor, the peers' own mode."""
 
 
 class OutOfTimeError(Exception):

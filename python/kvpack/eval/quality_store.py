@@ -106,6 +106,15 @@ def figures(lines: list[Line], exact: dict[str, Line]) -> dict[str, Any]:
     return {**summary(found, groups), "tokens": len(found), "windows": len(lines), "clusters": groups}
 
 
+def ratio(lines: list[Line], others: list[Line], exact: dict[str, Line]) -> metrics.Interval | None:
+    """Mean KLD of one cache over that of another, on the windows that both ran; None where there are none."""
+    both = {line["sample"] for line in lines} & {line["sample"] for line in others}
+    if not both:
+        return None
+    a, b = (scores([line for line in each if line["sample"] in both], exact)[0] for each in (lines, others))
+    return metrics.ratio_interval(a.kld, b.kld, metrics.clusters(a.document, a.window))
+
+
 def by_position(lines: list[Line], exact: dict[str, Line], edges: list[int]) -> list[metrics.Interval | None]:
     """Mean KLD of the scored tokens at positions edges[i] .. edges[i+1]-1; None where there are none."""
     found, position = scores(lines, exact)
