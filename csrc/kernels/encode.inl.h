@@ -41,6 +41,43 @@ struct PositiveLevels {
   }
 };
 
+// The thresholds below |z|, counted by a look-up: every cell of a grid over |z| has at most one of them in it.
+template <class Codec>
+struct Buckets {
+  static constexpr float kPerUnit = static_cast<float>(1 / (8 * Codec::kUnit));
+  alignas(64) float threshold[16];
+  alignas(64) float below[16];
+  static constexpr int cell(float a) { return a * kPerUnit < 15.0F ? static_cast<int>(a * kPerUnit) : 15; }
+  constexpr Buckets() : threshold{}, below{} {
+    constexpr int kHalf = 1 << (Codec::kBits - 1);
+    for (int c = 0; c < 16; ++c) {
+      threshold[c] = __builtin_inff();
+      for (int k = 1; k < kHalf; ++k) {
+        const float at = kvpack::threshold<Codec>(k);
+        if (cell(at) < c) below[c] += 1.0F;
+        if (cell(at) == c) threshold[c] = threshold[c] == __builtin_inff() ? at : throw "two thresholds in a cell";
+      }
+    }
+  }
+};
+
+// The number of thresholds below a = |z|, as floats.
+template <class S, class Codec>
+[[gnu::always_inline]] inline typename S::F count_below(typename S::F a) {
+  constexpr int kHalf = 1 << (Codec::kBits - 1);
+  if constexpr (kHalf > 4 && requires { S::kLookUp16; }) {
+    static constexpr Buckets<Codec> kBuckets{};
+    const auto cell = S::min(S::mul(a, S::set1(kBuckets.kPerUnit)), S::set1(15.0F));
+    return S::add_where_greater(S::look_up_16(kBuckets.below, cell), a, S::look_up_16(kBuckets.threshold, cell),
+                                S::set1(1.0F));
+  } else {
+    auto count = S::zero();
+    for (int k = 1; k < kHalf; ++k)
+      count = S::add_where_greater(count, a, S::set1(kvpack::threshold<Codec>(k)), S::set1(1.0F));
+    return count;
+  }
+}
+
 // Lloyd-Max codes of z = y * gain / r, and their match (<y, q> only where it is asked for).
 template <class S, class Codec, bool Projects>
 Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes) {
@@ -51,9 +88,7 @@ Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes
   const float xc = lane_sum<S>(
       head_dim, [&](int i) __attribute__((always_inline)) {
         const F at = S::load(y + i), z = S::mul(S::mul(at, S::set1(inv)), S::set1(gain)), a = S::abs(z);
-        F magnitude = S::zero();
-        for (int k = 1; k < kHalf; ++k)
-          magnitude = S::add_where_greater(magnitude, a, S::set1(kvpack::threshold<Codec>(k)), S::set1(1.0F));
+        const F magnitude = count_below<S, Codec>(a);
         const F level = S::look_up_8(kPositive.level, magnitude);
         // kHalf + magnitude above zero, kHalf - 1 - magnitude below: one expression in magnitude + 1/2.
         S::store_low_bytes(codes + i, S::add(S::set1(static_cast<float>(kHalf) - 0.5F),
@@ -69,32 +104,35 @@ int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   using namespace kvpack;
   const bool projects = a.search || a.rule == Rule::mse || a.rule == Rule::unbiased;
   const int d = a.head_dim;
+  const auto coded = [&](int t, float gain, uint8_t* to) {
+    const float inv = 1.0F / vectors[t].r;
+    return projects ? assign<S, Codec, true>(a.x + t * d, d, inv, gain, to)
+                    : assign<S, Codec, false>(a.x + t * d, d, inv, gain, to);
+  };
+  Match matches[kTile];
+  for (int t = 0; t < kTile; ++t) {
+    if (vectors[t].live)
+      matches[t] = coded(t, 1.0F, a.scratch + t * d);
+    else
+      __builtin_memset(a.scratch + t * d, 1 << (Codec::kBits - 1), static_cast<size_t>(d));
+  }
+  // In a loop of its own: the roots and divisions of many tokens overlap.
   int32_t status = 0;
   for (int t = 0; t < kTile; ++t) {
     const Rotated& x = vectors[t];
-    uint8_t* codes = a.scratch + t * d;
-    if (!x.live) {
-      __builtin_memset(codes, 1 << (Codec::kBits - 1), static_cast<size_t>(d));
-      a.tile.scales[t] = 0;
-      continue;
-    }
-    const float inv = 1.0F / x.r;
-    const auto coded = [&](float gain, uint8_t* to) {
-      return projects ? assign<S, Codec, true>(a.x + t * d, d, inv, gain, to)
-                      : assign<S, Codec, false>(a.x + t * d, d, inv, gain, to);
-    };
-    Match m = coded(1.0F, codes);
-    float scale = scale_of(a.rule, x, m, Codec::kUnit, d);
+    a.tile.scales[t] = 0;
+    if (!x.live) continue;
+    float scale = scale_of(a.rule, x, matches[t], Codec::kUnit, d);
     if (a.search) {
       alignas(64) uint8_t trial[kMaxHeadDim];
-      float best = error_of(scale, m, d);
+      float best = error_of(scale, matches[t], d);
       for (const float gain : kSearchGains) {
-        m = coded(gain, trial);
+        const Match m = coded(t, gain, trial);
         const float other = scale_of(a.rule, x, m, Codec::kUnit, d), error = error_of(other, m, d);
         if (error >= best) continue;
         best = error;
         scale = other;
-        __builtin_memcpy(codes, trial, static_cast<size_t>(d));
+        __builtin_memcpy(a.scratch + t * d, trial, static_cast<size_t>(d));
       }
     }
     report(status, store_scale(scale, x.e, a.tile.scales + t), t);
@@ -214,12 +252,21 @@ int32_t encode_block(const float* x, int n, int exponent, float norm, uint8_t* c
   }
   const PowerOfTwo power(m);
   float extreme = m;
-  if constexpr (!kByte)
-    for (int i = 0; i < n; ++i)
-      if (__builtin_fabsf(x[i]) == m) {
-        extreme = x[i];
-        break;
-      }
+  if constexpr (!kByte) {
+    // The first element of the largest magnitude. Only its sign is in question, and that only if both signs reach it.
+    F top = S::load(x), bottom = top;
+    for (int i = S::kLanes; i < n; i += S::kLanes) {
+      top = S::max(top, S::load(x + i));
+      bottom = S::min(bottom, S::load(x + i));
+    }
+    if (S::reduce_max(top) != m) {
+      extreme = -m;
+    } else if (S::reduce_max(S::sub(S::zero(), bottom)) == m) {
+      int first = 0;
+      while (__builtin_fabsf(x[first]) != m) ++first;
+      extreme = x[first];
+    }
+  }
   const float step = extreme * power.down * power.down_again / (kByte ? 127.0F : -kMiddle), inv = 1.0F / step;
   for (int i = 0; i < n; i += S::kLanes) {
     const F v = S::mul(S::mul(S::load(x + i), S::set1(power.down)), S::set1(power.down_again));

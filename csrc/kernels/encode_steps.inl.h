@@ -30,22 +30,26 @@ float max_abs(const float* x, int n, bool& finite) {
   return S::reduce_max(max);
 }
 
+// 2^n, -126 <= n <= 127.
+inline float two_to(int n) { return __builtin_bit_cast(float, static_cast<uint32_t>(n + 127) << 23); }
+
 // 2^-e with 2^e <= m < 2^(e+1), as two factors: the second is needed where 2^-e exceeds the float range.
 struct PowerOfTwo {
   int e;
   float down, down_again;
   explicit PowerOfTwo(float m) {
-    int exponent;
-    __builtin_frexpf(m, &exponent);
-    e = exponent - 1;
-    down = __builtin_ldexpf(1.0F, e < -127 ? 127 : -e);
-    down_again = e < -127 ? __builtin_ldexpf(1.0F, -e - 127) : 1.0F;
+    const auto biased = static_cast<int>(__builtin_bit_cast(uint32_t, m) >> 23);
+    e = biased != 0 ? biased - 127 : -118 - __builtin_clz(__builtin_bit_cast(uint32_t, m));
+    // 2^-127, of the largest floats, is a denormal.
+    down = e > 126 ? 0x1p-127F : two_to(e < -127 ? 127 : -e);
+    down_again = e < -127 ? two_to(-e - 127) : 1.0F;
   }
 };
 
-// scale * 2^e in fp16.
+// scale * 2^e in fp16. Where e is clamped the result is far out of the range of fp16 anyway: scale is 0, or its own
+// exponent is small.
 inline int32_t store_scale(float scale, int e, uint16_t* out) {
-  const uint16_t half = float_to_half(__builtin_ldexpf(scale, e));
+  const uint16_t half = float_to_half(scale * two_to(e < -126 ? -126 : e > 127 ? 127 : e));
   *out = half;
   return (half & 0x7c00U) == 0x7c00U ? kScaleOverflow : kCoded;
 }
@@ -74,8 +78,9 @@ struct Rotated {
 template <class S, int D>
 [[gnu::always_inline]] inline void rotate_scaled(const float* x, const PowerOfTwo& power, const float* signs,
                                                  typename S::F (&v)[D / S::kLanes], float* n2) {
-  for (int i = 0; i < D / S::kLanes; ++i)
-    v[i] = S::mul(S::mul(S::load(x + i * S::kLanes), S::set1(power.down)), S::set1(power.down_again));
+  for (int i = 0; i < D / S::kLanes; ++i) v[i] = S::mul(S::load(x + i * S::kLanes), S::set1(power.down));
+  if (power.down_again != 1.0F)
+    for (int i = 0; i < D / S::kLanes; ++i) v[i] = S::mul(v[i], S::set1(power.down_again));
   if (n2 != nullptr) *n2 = lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); });
   for (int i = 0; i < D / S::kLanes; ++i) v[i] = S::mul(v[i], S::load(signs + i * S::kLanes));
   hadamard<S, D>(v);

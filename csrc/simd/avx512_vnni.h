@@ -129,6 +129,11 @@ struct Avx512Vnni {
   static F look_up_8(const float* table, F n) {
     return _mm512_permutexvar_ps(_mm512_cvttps_epi32(n), _mm512_castps256_ps512(_mm256_loadu_ps(table)));
   }
+  // As look_up_8, of 16 entries; a level that has it says so.
+  static constexpr bool kLookUp16 = true;
+  static F look_up_16(const float* table, F n) {
+    return _mm512_permutexvar_ps(_mm512_cvttps_epi32(n), _mm512_load_ps(table));
+  }
   static float reduce_16(const F (&part)[1]) {
     const __m256 eight = fold(part[0]);
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
