@@ -41,17 +41,6 @@ void store_row(const float* from, Dtype dtype, int32_t n, uint8_t* to) {
 
 namespace {
 
-struct Scratch {
-  alignas(64) float x[kTile * kMaxHeadDim];
-  alignas(64) uint8_t codes[kTile * kMaxHeadDim];
-
-  // `tokens` rows, and zeros for the rest of the tile.
-  void load(const Vectors& from, int32_t tokens, int32_t d) {
-    for (int32_t t = 0; t < tokens; ++t) load_row(from.data + t * from.stride, from.dtype, d, x + t * d);
-    std::memset(x + tokens * d, 0, static_cast<size_t>(kTile - tokens) * static_cast<size_t>(d) * 4);
-  }
-};
-
 // Too large for the stack; one per thread that ever encodes with a trellis codec.
 uint8_t* workspace(CodecCode code) {
   struct alignas(64) Block {
@@ -62,6 +51,26 @@ uint8_t* workspace(CodecCode code) {
   if (!block) block = std::make_unique<Block>();
   return block->bytes;
 }
+
+struct Scratch {
+  alignas(64) float x[kTile * kMaxHeadDim];
+  alignas(64) uint8_t codes[kTile * kMaxHeadDim];
+
+  // What an encoder needs. `tokens` rows, and zeros for the rest of the tile; whole tiles of floats stay where they
+  // are.
+  EncodeArgs args(const Vectors& from, int32_t tokens, CodecCode code, int32_t d, Side side, TileSide out) {
+    EncodeArgs a{x, d, x, out, codes, rotation_signs(d), d, side, code.rule, code.search, workspace(code)};
+    if (tokens == kTile && from.dtype == Dtype::f32 && reinterpret_cast<uintptr_t>(from.data) % 4 == 0 &&
+        from.stride % 4 == 0) {
+      a.from = reinterpret_cast<const float*>(from.data);
+      a.stride = from.stride / 4;
+      return a;
+    }
+    for (int32_t t = 0; t < tokens; ++t) load_row(from.data + t * from.stride, from.dtype, d, x + t * d);
+    std::memset(x + tokens * d, 0, static_cast<size_t>(kTile - tokens) * static_cast<size_t>(d) * 4);
+    return a;
+  }
+};
 
 // `exact` keeps elements: keys dim by dim (64 tokens side by side), values token by token.
 template <class Element>
@@ -134,9 +143,7 @@ void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_d
   const KernelTable& k = kernels();
   if (k.encode[code.id] == nullptr) return encode_exact(x, tokens, code, head_dim, side, out, first_token);
   Scratch s;
-  s.load(x, tokens, head_dim);
-  const EncodeArgs args{s.x,  out,       s.codes,     rotation_signs(head_dim), head_dim,
-                        side, code.rule, code.search, workspace(code)};
+  const EncodeArgs args = s.args(x, tokens, code, head_dim, side, out);
   if (code.center == Center::tile) {
     const int32_t status = k.encode_mean(args);
     if (status != 0) throw_status(status, code, side, first_token);
@@ -150,9 +157,7 @@ void encode_mean(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_d
   const CodecCode code = CodecCode::unpack(codec);
   const FpControl ieee(FpControl::Mode::ieee);
   Scratch s;
-  s.load(x, tokens, head_dim);
-  const int32_t status =
-      kernels().encode_mean({s.x, out, s.codes, rotation_signs(head_dim), head_dim, side, code.rule, false, nullptr});
+  const int32_t status = kernels().encode_mean(s.args(x, tokens, code, head_dim, side, out));
   if (status != 0) throw_status(status, code, side, first_token);
 }
 

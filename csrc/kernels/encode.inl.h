@@ -47,6 +47,7 @@ struct Buckets {
   static constexpr float kPerUnit = static_cast<float>(1 / (8 * Codec::kUnit));
   alignas(64) float threshold[16];
   alignas(64) float below[16];
+  bool crowded = false;
   static constexpr int cell(float a) { return a * kPerUnit < 15.0F ? static_cast<int>(a * kPerUnit) : 15; }
   constexpr Buckets() : threshold{}, below{} {
     constexpr int kHalf = 1 << (Codec::kBits - 1);
@@ -55,7 +56,10 @@ struct Buckets {
       for (int k = 1; k < kHalf; ++k) {
         const float at = kvpack::threshold<Codec>(k);
         if (cell(at) < c) below[c] += 1.0F;
-        if (cell(at) == c) threshold[c] = threshold[c] == __builtin_inff() ? at : throw "two thresholds in a cell";
+        if (cell(at) == c) {
+          crowded = crowded || threshold[c] != __builtin_inff();
+          threshold[c] = at;
+        }
       }
     }
   }
@@ -67,6 +71,7 @@ template <class S, class Codec>
   constexpr int kHalf = 1 << (Codec::kBits - 1);
   if constexpr (kHalf > 4 && requires { S::kLookUp16; }) {
     static constexpr Buckets<Codec> kBuckets{};
+    static_assert(!kBuckets.crowded);
     const auto cell = S::min(S::mul(a, S::set1(kBuckets.kPerUnit)), S::set1(15.0F));
     return S::add_where_greater(S::look_up_16(kBuckets.below, cell), a, S::look_up_16(kBuckets.threshold, cell),
                                 S::set1(1.0F));
@@ -242,9 +247,9 @@ int32_t encode_block(const float* x, int n, int exponent, float norm, uint8_t* c
   using F = typename S::F;
   constexpr bool kByte = Codec::kBits == 8;
   constexpr auto kMiddle = static_cast<float>(1 << (Codec::kBits - 1));
-  bool finite;
-  const float m = max_abs<S>(x, n, finite);
-  if (!finite) return kNonFinite;
+  const F max = max_abs_lanes<S>(x, n);
+  if (!Codec::kRotated && !is_finite<S>(max)) return kNonFinite;
+  const float m = S::reduce_max(max);
   if (m == 0.0F) {
     __builtin_memset(codes, 1 << (Codec::kBits - 1), static_cast<size_t>(n));
     *scale = 0;
@@ -269,13 +274,14 @@ int32_t encode_block(const float* x, int n, int exponent, float norm, uint8_t* c
   }
   const float step = extreme * power.down * power.down_again / (kByte ? 127.0F : -kMiddle), inv = 1.0F / step;
   for (int i = 0; i < n; i += S::kLanes) {
-    const F v = S::mul(S::mul(S::load(x + i), S::set1(power.down)), S::set1(power.down_again));
+    F v = S::mul(S::load(x + i), S::set1(power.down));
+    if (power.down_again != 1.0F) v = S::mul(v, S::set1(power.down_again));
     const F y = S::mul(v, S::set1(inv));
     if constexpr (kByte)
       S::store_low_bytes(codes + i, S::add(S::round_even(y), S::set1(128.0F)));
     else
       S::store_low_bytes(codes + i,
-                         S::min(S::truncate(S::add(y, S::set1(kMiddle + 0.5F))), S::set1(2.0F * kMiddle - 1.0F)));
+                         S::min(S::add(y, S::set1(kMiddle + 0.5F)), S::set1(2.0F * kMiddle - 1.0F)));  // truncates
   }
   return store_scale(Codec::kRotated ? step * norm : step, power.e + exponent, scale);
 }
@@ -289,11 +295,12 @@ int32_t encode_blocks(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   int32_t status = 0;
   for (int t = 0; t < kTile; ++t)
     for (int b = 0; b < blocks; ++b) {
-      const int at = t * a.head_dim + b * kBlock, left = a.head_dim - b * kBlock;
+      const int left = a.head_dim - b * kBlock;
       const int e = vectors != nullptr ? vectors[t].e : 0;
+      const float* row = vectors != nullptr ? a.x + t * a.head_dim : a.from + t * a.stride;
       report(status,
-             encode_block<S, Codec>(a.x + at, left < kBlock ? left : kBlock, e, norm, a.scratch + at,
-                                    a.tile.scales + b * kTile + t),
+             encode_block<S, Codec>(row + b * kBlock, left < kBlock ? left : kBlock, e, norm,
+                                    a.scratch + t * a.head_dim + b * kBlock, a.tile.scales + b * kTile + t),
              t);
     }
   return status;

@@ -18,15 +18,21 @@ inline void report(int32_t& status, int32_t outcome, int token) {
   if (outcome != kCoded && status == 0) status = outcome == kNonFinite ? token + 1 : -(token + 1);
 }
 
+// The largest |x| by lanes; a NaN stays.
+template <class S>
+[[gnu::always_inline]] inline typename S::F max_abs_lanes(const float* x, int n) {
+  auto max = S::abs(S::load(x));
+  for (int i = S::kLanes; i < n; i += S::kLanes) max = S::max_bits(max, S::abs(S::load(x + i)));
+  return max;
+}
+template <class S>
+bool is_finite(typename S::F max) {
+  return S::reduce_add(S::mul(max, S::zero())) == 0.0F;
+}
 template <class S>
 float max_abs(const float* x, int n, bool& finite) {
-  typename S::F max = S::zero(), check = S::zero();
-  for (int i = 0; i < n; i += S::kLanes) {
-    const auto v = S::load(x + i);
-    max = S::max(S::abs(v), max);
-    check = S::fma(v, S::zero(), check);  // NaN as soon as one element is not finite
-  }
-  finite = S::reduce_add(check) == 0.0F;
+  const auto max = max_abs_lanes<S>(x, n);
+  finite = is_finite<S>(max);
   return S::reduce_max(max);
 }
 
@@ -86,29 +92,33 @@ template <class S, int D>
   hadamard<S, D>(v);
 }
 
-// Turns the rows of a.x into their y, in place.
+// The rows of the input as their y, in a.x.
 template <class S, int D>
 int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
   using kvpack::kTile;
   constexpr int kVectors = D / S::kLanes;
   int32_t status = 0;
   float top = 0.0F, each[kTile];
+  auto all = S::zero();
   for (int t = 0; t < kTile; ++t) {
-    bool finite;
-    each[t] = max_abs<S>(a.x + t * D, D, finite);
-    if (!finite) report(status, kNonFinite, t);
+    const auto max = max_abs_lanes<S>(a.from + t * a.stride, D);
+    all = S::max_bits(all, max);
+    each[t] = S::reduce_max(max);
     top = each[t] > top ? each[t] : top;
   }
+  for (int t = 0; t < kTile && !is_finite<S>(all); ++t)
+    if (!is_finite<S>(max_abs_lanes<S>(a.from + t * a.stride, D))) report(status, kNonFinite, t);
   if (status != 0) return status;
   typename S::F v[kVectors];
   if (a.tile.mean == nullptr) {
     for (int t = 0; t < kTile; ++t) {
       if (each[t] == 0.0F) {
         out[t] = {1.0F, 1.0F, 0, false};
-        continue;  // y is zero, too
+        __builtin_memset(a.x + t * D, 0, D * sizeof(float));
+        continue;
       }
       const PowerOfTwo power(each[t]);
-      rotate_scaled<S, D>(a.x + t * D, power, a.signs, v, &out[t].n2);
+      rotate_scaled<S, D>(a.from + t * a.stride, power, a.signs, v, &out[t].n2);
       for (int i = 0; i < kVectors; ++i) S::store(a.x + t * D + i * S::kLanes, v[i]);
       out[t] = {out[t].n2, __builtin_sqrtf(out[t].n2), power.e, true};
     }
@@ -120,7 +130,7 @@ int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
   alignas(64) float mean[D];
   for (int i = 0; i < D; ++i) mean[i] = unit * static_cast<float>(a.tile.mean[i]);
   for (int t = 0; t < kTile; ++t) {
-    rotate_scaled<S, D>(a.x + t * D, power, a.signs, v, nullptr);
+    rotate_scaled<S, D>(a.from + t * a.stride, power, a.signs, v, nullptr);
     for (int i = 0; i < kVectors; ++i) {
       v[i] = S::sub(v[i], S::load(mean + i * S::kLanes));
       S::store(a.x + t * D + i * S::kLanes, v[i]);
@@ -141,7 +151,7 @@ int32_t encode_mean_of(const kvpack::EncodeArgs& a) {
   int tokens = 0;
   for (int t = 0; t < kTile; ++t) {
     bool finite;
-    const float m = max_abs<S>(a.x + t * D, D, finite);
+    const float m = max_abs<S>(a.from + t * a.stride, D, finite);
     if (!finite) report(status, kNonFinite, t);
     top = m > top ? m : top;
     tokens += m > 0.0F ? 1 : 0;
@@ -156,8 +166,8 @@ int32_t encode_mean_of(const kvpack::EncodeArgs& a) {
   for (int i = 0; i < D / S::kLanes; ++i) {
     sum[i] = S::zero();
     for (int t = 0; t < kTile; ++t)
-      sum[i] = S::add(
-          sum[i], S::mul(S::mul(S::load(a.x + t * D + i * S::kLanes), S::set1(power.down)), S::set1(power.down_again)));
+      sum[i] = S::add(sum[i], S::mul(S::mul(S::load(a.from + t * a.stride + i * S::kLanes), S::set1(power.down)),
+                                     S::set1(power.down_again)));
     sum[i] = S::mul(S::mul(sum[i], share), S::load(a.signs + i * S::kLanes));
   }
   hadamard<S, D>(sum);

@@ -7,13 +7,30 @@
 
 namespace {
 
+// Four rows of four dwords, transposed. Vector types of the compiler: SSE2 and NEON have these shuffles.
+inline void transpose_4x4(const uint8_t* from, ptrdiff_t stride, uint32_t* to, ptrdiff_t to_stride) {
+  using V = uint32_t __attribute__((vector_size(16), aligned(4)));
+  V r[4], s[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], from + i * stride, sizeof r[i]);
+  for (int i = 0; i < 2; ++i) {
+    s[i] = __builtin_shufflevector(r[i], r[i + 2], 0, 4, 1, 5);
+    s[i + 2] = __builtin_shufflevector(r[i], r[i + 2], 2, 6, 3, 7);
+  }
+  r[0] = __builtin_shufflevector(s[0], s[1], 0, 4, 1, 5);
+  r[1] = __builtin_shufflevector(s[0], s[1], 2, 6, 3, 7);
+  r[2] = __builtin_shufflevector(s[2], s[3], 0, 4, 1, 5);
+  r[3] = __builtin_shufflevector(s[2], s[3], 2, 6, 3, 7);
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * to_stride, &r[i], sizeof r[i]);
+}
+
 using DwordMatrix = uint32_t[kvpack::kTile * kvpack::kMaxHeadDim / 4];
 
 inline void codes_to_dwords(const uint8_t* codes, int head_dim, kvpack::Side side, DwordMatrix& m) {
   using kvpack::kTile;
   if (side == kvpack::Side::key) {
-    for (int t = 0; t < kTile; ++t)
-      for (int z = 0; z < head_dim / 4; ++z) __builtin_memcpy(&m[z * kTile + t], codes + t * head_dim + 4 * z, 4);
+    for (int t = 0; t < kTile; t += 4)
+      for (int z = 0; z < head_dim / 4; z += 4)
+        transpose_4x4(codes + t * head_dim + 4 * z, head_dim, m + z * kTile + t, kTile);
   } else {
     for (int z = 0; z < kTile / 4; ++z) {
       const uint8_t* c = codes + 4 * z * head_dim;

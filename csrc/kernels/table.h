@@ -69,7 +69,9 @@ constexpr size_t kEncodeWorkspace = size_t{512} * 1024;
 // Encode and decode work on one side of one tile. status: 0 ok, else token + 1 of the offending vector, negative for
 // a scale that overflows fp16, positive for a non-finite input.
 struct EncodeArgs {
-  float* x;  // [kTile][head_dim]; rotated codecs overwrite it
+  const float* from;  // rows of the input, `stride` floats apart
+  ptrdiff_t stride;
+  float* x;  // [kTile][head_dim]: vectors in the rotated domain; may be the input
   TileSide tile;
   uint8_t* scratch;    // [kTile][head_dim] codes
   const float* signs;  // [head_dim], +-1

@@ -111,6 +111,9 @@ struct Avx2 {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F max_bits(F a, F b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F sign_bit() { return _mm256_set1_ps(-0.0F); }
   static F abs(F a) { return _mm256_andnot_ps(sign_bit(), a); }

@@ -105,6 +105,9 @@ struct Neon {
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F div(F a, F b) { return vdivq_f32(a, b); }
   static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static F max_bits(F a, F b) {
+    return vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)));
+  }
   static F min(F a, F b) { return vminq_f32(a, b); }
   static F abs(F a) { return vabsq_f32(a); }
   static F copy_sign(F magnitude, F sign) { return vbslq_f32(vdupq_n_u32(0x80000000U), sign, magnitude); }

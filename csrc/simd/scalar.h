@@ -17,6 +17,7 @@
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
 //   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
 //   load_repeated<W>      W floats, over and over
+//   max_bits              the larger of two numbers without a sign; a NaN is larger than any
 //   look_up_8             entry n of a table of 8 floats, for whole n in 0..7
 //   reduce_16             the sum of 16 lanes in the format's order
 //   add_where_greater     acc + (a > b ? inc : 0)
@@ -138,6 +139,7 @@ struct Scalar {
   static F fma(F a, F b, F c) { return std::fma(a, b, c); }
   static F div(F a, F b) { return a / b; }
   static F max(F a, F b) { return a > b ? a : b; }
+  static F max_bits(F a, F b) { return float_bits(a) > float_bits(b) ? a : b; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F abs(F a) { return std::fabs(a); }
   static F copy_sign(F magnitude, F sign) { return std::copysign(magnitude, sign); }
