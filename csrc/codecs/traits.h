@@ -1,6 +1,6 @@
 // What a codec family has to say about itself. A traits struct is all constants and one table:
 //
-//   kBits        bits per code (1, 2, 3, 4, 5, 8; 0 for `exact`, which stores elements)
+//   kBits        bits per code (1, 2, 2.5, 3, 3.5, 4, 5, 8; 0 for `exact`, which stores elements)
 //   kRotated     codes live in the randomized-Hadamard domain: queries are rotated, outputs rotated back, once per call
 //   kScaleRules  has one scale per vector and the choice of its rule (stored, norm, mse, unbiased)
 //   kScaleBlock  dims that share one fp16 scale (the last block may be shorter); 0 means the whole head vector
@@ -40,7 +40,7 @@ struct ReadAs<Codec> {
 };
 
 // Blocks of dims that have a scale of their own.
-constexpr int32_t scale_blocks(int32_t scale_block, int32_t bits, int32_t head_dim) {
+constexpr int32_t scale_blocks(int32_t scale_block, double bits, int32_t head_dim) {
   return bits == 0 ? 0 : (scale_block == 0 ? 1 : (head_dim + scale_block - 1) / scale_block);
 }
 
@@ -58,7 +58,7 @@ constexpr size_t code_bytes_of(int32_t head_dim) {
   if constexpr (requires { Codec::code_bytes(head_dim); })
     return Codec::code_bytes(head_dim);
   else
-    return size_t{kTile / 8} * static_cast<size_t>(head_dim * Codec::kBits);
+    return static_cast<size_t>(kTile / 8 * head_dim * Codec::kBits);
 }
 
 }  // namespace kvpack

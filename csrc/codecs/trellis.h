@@ -34,7 +34,7 @@ template <int32_t Even, int32_t Odd, int32_t Doublings, int32_t Seam>
 struct TrellisCode {
   static constexpr int32_t kEvenBits = Even, kOddBits = Odd, kDoublings = Doublings, kSeam = Seam;
 };
-struct Tcq1Code : TrellisCode<1, 1, 0, 40> {
+struct Tcq1Code : TrellisCode<1, 1, 0, 64> {
   static constexpr TrellisLevels levels() { return kTcq1Levels; }
 };
 struct Tcq2Code : TrellisCode<2, 2, 0, 32> {
@@ -58,13 +58,17 @@ struct TrellisValues {
   int32_t value[2][128];
 };
 constexpr int32_t trellis_pair(int32_t value) { return (value & 0xffff) | static_cast<int32_t>(value * 0x10000); }
+// The table of step n.
+template <class Code>
+[[gnu::always_inline]] constexpr int32_t trellis_table(int32_t n) {
+  return Code::kEvenBits == Code::kOddBits ? 0 : n % 2;
+}
 template <class Code>
 constexpr TrellisValues trellis_values() {
   constexpr TrellisLevels levels = Code::levels();
   TrellisValues v{};
   for (int p = 0; p < 2; ++p)
-    for (int i = 0; i < 128; ++i)
-      v.value[p][i] = trellis_pair(levels.level[Code::kEvenBits == Code::kOddBits ? 0 : p][i] * levels.unit);
+    for (int i = 0; i < 128; ++i) v.value[p][i] = trellis_pair(levels.level[trellis_table<Code>(p)][i] * levels.unit);
   return v;
 }
 

@@ -1,7 +1,7 @@
 // Levels of the trellis codecs, written by tools/train_trellis.cpp (the command is at its head). They are part
 // of the format. Squared error per value of Gaussian sequences of unit variance, best scale per sequence:
 //
-//   tcq1  64 steps 0.28003, 128 steps 0.27730 (real levels: 0.28004, 0.27728)
+//   tcq1  64 steps 0.27737, 128 steps 0.27558 (real levels: 0.27732, 0.27559)
 //   tcq2  64 steps 0.07269, 128 steps 0.07290 (real levels: 0.07272, 0.07291)
 //   tcq2.5  64 steps 0.03725, 128 steps 0.03763 (real levels: 0.03727, 0.03763)
 //   tcq3  64 steps 0.01923, 128 steps 0.01946 (real levels: 0.01925, 0.01946)

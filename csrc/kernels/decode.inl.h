@@ -19,11 +19,11 @@ void codes_to_levels(uint8_t* codes, int head_dim, kvpack::Side side) {
       uint8_t* sequence = codes + l * lane;
       uint32_t window = 0;
       for (int n = steps - 9; n < steps; ++n)
-        window = next_window<typename Codec::Code>(window, sequence[trellis_depth(n, steps) * token]);
+        window = next_window<typename Codec::Code>(window, sequence[trellis_depth(n, steps) * token], n);
       for (int n = 0; n < steps; ++n) {
         uint8_t& at = sequence[trellis_depth(n, steps) * token];
-        window = next_window<typename Codec::Code>(window, at);
-        at = static_cast<uint8_t>(window_level<typename Codec::Code>(window));
+        window = next_window<typename Codec::Code>(window, at, n);
+        at = static_cast<uint8_t>(window_level<typename Codec::Code>(window, n));
       }
     }
   } else {
@@ -37,7 +37,7 @@ void codes_to_levels(uint8_t* codes, int head_dim, kvpack::Side side) {
 template <class S, class Codec>
 void decode(const kvpack::DecodeArgs& a) {
   using kvpack::kTile;
-  unpack_codes<Codec::kBits, Codec::kTrellis>(a.tile.codes, a.head_dim, a.side, a.scratch);
+  unpack_codes<static_cast<int>(2 * Codec::kBits), Codec::kTrellis>(a.tile.codes, a.head_dim, a.side, a.scratch);
   codes_to_levels<Codec>(a.scratch, a.head_dim, a.side);
   const int blocks = kvpack::scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   const int block = Codec::kScaleBlock == 0 ? a.head_dim : Codec::kScaleBlock;

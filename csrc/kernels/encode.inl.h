@@ -323,7 +323,8 @@ int32_t encode(const kvpack::EncodeArgs& a) {
   } else {
     status = encode_blocks<S, Codec>(a, nullptr);
   }
-  if (status == 0) pack_codes<Codec::kBits, Codec::kTrellis>(a.scratch, a.head_dim, a.side, a.tile.codes);
+  if (status == 0)
+    pack_codes<static_cast<int>(2 * Codec::kBits), Codec::kTrellis>(a.scratch, a.head_dim, a.side, a.tile.codes);
   return status;
 }
 

@@ -52,8 +52,10 @@ void score(const kvpack::ScoreArgs& a) {
   using U = Unpacker<S, Codec, Side::key>;
   const U unpack;
   constexpr int kDwords = U::kDwords, kLines = U::kLines;
+  constexpr int kSharers = unit_sharers(Codec::kBits);
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   const CodeGrid grid{Codec::kBits, kTile, a.head_dim};
+  const int parts = grid.parts();
   const int units = blocks == 1 ? grid.units() : Codec::kScaleBlock / (4 * kDwords);  // of a scale block
   const uint8_t* ahead = a.ahead;
   for (int level = 0; level < a.levels; ++level) {
@@ -67,12 +69,14 @@ void score(const kvpack::ScoreArgs& a) {
           return a.tile.codes + (static_cast<size_t>(u) * 4 + static_cast<size_t>(at / kPerBlock)) * kLines * kLine +
                  at % kPerBlock * 4 * S::kLanes;
         };
-        const auto shared_lane = [&](int v) {
+        const auto shared_lane = [&](int part, int v) {
           const int at = v0 + v;
-          return a.tile.codes + grid.shared_line(0, at / kPerBlock / 2) + at % kPerBlock * 4 * S::kLanes;
+          return a.tile.codes + grid.shared_line(0, part, at / kPerBlock) + at % kPerBlock * 4 * S::kLanes;
         };
-        // Known to the compiler where whole pairs of lane blocks are in flight.
-        const auto half = [&](int v) { return (kInFlight % (2 * kPerBlock) == 0 ? v : v0 + v) / kPerBlock % 2; };
+        // Known to the compiler where all lane blocks that share a unit are in flight.
+        const auto share = [&](int v) {
+          return (kInFlight % (kSharers * kPerBlock) == 0 ? v : v0 + v) / kPerBlock % kSharers;
+        };
         const auto meet = [&](int v, int dword, I levels) __attribute__((always_inline)) {
           const typename S::Code code = S::expand(levels);
           const int operand = dword * S::kOperandDwords;
@@ -83,8 +87,9 @@ void score(const kvpack::ScoreArgs& a) {
         const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();
         typename U::Carry carry[kInFlight];
         for (int v = 0; v < kInFlight; ++v)
-          carry[v] = kDwords == 8 && grid.shares() ? unpack.start_shared(lane(end - 1, v), shared_lane(v), half(v))
-                                                   : unpack.start(lane(end - 1, v));
+          carry[v] = kDwords >= 8 && parts != 0
+                         ? unpack.start_shared(lane(end - 1, v), shared_lane(parts - 1, v), share(v))
+                         : unpack.start(lane(end - 1, v));
 #pragma GCC unroll 1
         for (int u = sb * units; u < end; ++u) {
           unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
@@ -95,15 +100,15 @@ void score(const kvpack::ScoreArgs& a) {
                 p, carry[v], [&](int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
           });
         }
-        if constexpr (kDwords == 8)  // the unit that two lane blocks share, the last one: each meets its own half
-          if (grid.shares() && sb == blocks - 1)
+        if constexpr (kDwords >= 8)  // units that lane blocks share, the last ones: each meets its own share
+          for (int part = 0; part < (sb == blocks - 1 ? parts : 0); ++part)
             unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
-              const uint8_t* p = shared_lane(v);
-              if (level == 0 && (v0 + v) % (2 * kPerBlock) == 0)
+              const uint8_t* p = shared_lane(part, v);
+              if (level == 0 && (v0 + v) % (kSharers * kPerBlock) == 0)
                 for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
               unpack.shared(
-                  p, half(v), carry[v], [&](int j, I levels) __attribute__((always_inline)) {
-                    meet(v, end * kDwords + j, levels);
+                  p, share(v), carry[v], [&](int j, I levels) __attribute__((always_inline)) {
+                    meet(v, end * kDwords + part * 4 + j, levels);
                   });
             });
         for (int v = 0; v < kInFlight; ++v) {

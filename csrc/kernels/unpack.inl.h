@@ -1,8 +1,8 @@
 // From packed lines to level bytes: one unit of one lane vector. See format.h for where the fields lie.
 //
 // An unpacker is called unit by unit along the depth axis, and may carry something of a lane vector from unit to unit
-// (Carry, made by start() from the last unit of the lane vector: sequences are circular). shared() is for the last unit
-// of two lane blocks, which have half of it each (format.h); it calls use(j, levels) for the four dwords of one half.
+// (Carry, made by start() from the last unit of the lane vector: sequences are circular). shared() is for a unit of
+// which each of two or four lane blocks has a share (format.h); it calls use(j, levels) for the four dwords of one.
 #pragma once
 #include "codecs/all.h"
 #include "kernels/blocking.inl.h"
@@ -15,12 +15,12 @@ template <class Self>
 struct Memoryless {
   struct Carry {};
   Carry start(const uint8_t* /*last*/) const { return {}; }
-  Carry start_shared(const uint8_t* /*last*/, const uint8_t* /*shared*/, int /*half*/) const { return {}; }
+  Carry start_shared(const uint8_t* /*last*/, const uint8_t* /*shared*/, int /*share*/) const { return {}; }
   template <class Use>
-  [[gnu::always_inline]] void shared(const uint8_t* p, int half, Carry& carry, Use&& use) const {
+  [[gnu::always_inline]] void shared(const uint8_t* p, int share, Carry& carry, Use&& use) const {
     static_cast<const Self&> (*this)(
         p, carry, [&](int j, auto levels) __attribute__((always_inline)) {
-          if (j / 4 == half) use(j % 4, levels);
+          if (j / 4 == share) use(j % 4, levels);
         });
   }
 };
@@ -114,17 +114,19 @@ requires(Codec::kBits == 5) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<
 template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
   using I = typename S::I;
-  static constexpr int kBits = Codec::kBits;
+  using Code = typename Codec::Code;
   static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
-  static constexpr int kDwords = kvpack::unit_dwords(kBits), kLines = kvpack::unit_lines(kBits);
+  static constexpr int kDwords = kvpack::unit_dwords(Codec::kBits), kLines = kvpack::unit_lines(Codec::kBits);
+  static constexpr int kTables = Code::kEvenBits == Code::kOddBits ? 1 : 2;
   struct Levels {
-    alignas(64) int8_t at[128];
+    alignas(64) int8_t at[kTables][128];
     constexpr Levels() : at{} {
-      for (int i = 0; i < 128; ++i) at[i] = static_cast<int8_t>(Codec::Code::levels().level[0][i] + kOffset);
+      for (int t = 0; t < kTables; ++t)
+        for (int i = 0; i < 128; ++i) at[t][i] = static_cast<int8_t>(Code::levels().level[t][i] + kOffset);
     }
   };
   static constexpr Levels kLevels{};
-  typename S::Table128 table = S::load_table_128(kLevels.at);
+  typename S::Table128 even = S::load_table_128(kLevels.at[0]), odd = S::load_table_128(kLevels.at[kTables - 1]);
 
   struct Carry {
     I before;
@@ -133,30 +135,48 @@ requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
     return {S::rotate_dwords_8(S::load_bytes(last + (kLines - 1) * kvpack::kLine))};
   }
 
-  // The half's own stream, moved to bit 0: at 3 bits 12 of 24 bits, at 1 bit 4 of 8.
-  void half_lines(const uint8_t* p, int half, I (&line)[kLines + 1]) const {
-    if constexpr (kBits == 3) {
-      const I b = S::load_bytes(p + kvpack::kLine), c = S::load_bytes(p + 2 * kvpack::kLine);
-      line[1] =
-          half == 0 ? S::load_bytes(p) : S::template select_bits<0x0f>(S::shift_right_16(b, 4), S::shift_left_16(c, 4));
-      line[2] = half == 0 ? b : S::shift_right_16(c, 4);
-    } else {
-      line[1] = half == 0 ? S::load_bytes(p) : S::shift_right_16(S::load_bytes(p), 4);
-    }
+  // Bits of a share of a shared unit, and lines that it needs once it begins at bit 0.
+  static constexpr int kShare = 2 * (Code::kEvenBits + Code::kOddBits), kShareLines = (kShare + 7) / 8;
+  using ShareLines = I[kShareLines + 1];
+
+  // The low 8 - Shift bits from `low` >> Shift, those above from `high`.
+  template <int Shift>
+  [[gnu::always_inline]] static I joined(I low, I high) {
+    constexpr int kLow = 0xff >> Shift;
+    if constexpr (Shift == 0)
+      return low;
+    else
+      return S::template select_bits<kLow>(S::shift_right_16(low, Shift), S::shift_left_16(high, 8 - Shift));
   }
-  // The last eight bits of the stream end in the shared unit.
-  Carry start_shared(const uint8_t* last, const uint8_t* shared, int half) const {
-    I line[kLines + 1];
-    half_lines(shared, half, line);
-    const I before = kBits == 3 ? line[1] : S::load_bytes(last), end = line[kBits == 3 ? 2 : 1];
-    return {S::rotate_dwords_8(S::template select_bits<0x0f>(S::shift_right_16(before, 4), S::shift_left_16(end, 4)))};
+  // The share's own stream, moved to bit 0. Bits above its end are anything.
+  [[gnu::always_inline]] static void share_lines(const uint8_t* p, int share, ShareLines& line) {
+    unrolled<kDwords / 4>([&](auto i) __attribute__((always_inline)) {
+      if (share != i) return;
+      unrolled<kShareLines>([&](auto n) __attribute__((always_inline)) {
+        constexpr int kAt = kShare * i + 8 * n, kNext = kAt % 8 + kShare - 8 * n > 8 ? 1 : 0;
+        const uint8_t* plane = p + kAt / 8 * kvpack::kLine;
+        line[n + 1] = joined<kAt % 8>(S::load_bytes(plane), S::load_bytes(plane + kNext * kvpack::kLine));
+      });
+    });
+  }
+  // The last eight bits of the stream where a share ends.
+  [[gnu::always_inline]] static I share_end(const ShareLines& line) {
+    return joined<kShare % 8>(line[kShareLines - 1], line[kShareLines]);
+  }
+
+  Carry start_shared(const uint8_t* last, const uint8_t* shared, int share) const {
+    ShareLines line;
+    line[0] = S::load_bytes(last + (kLines - 1) * kvpack::kLine);
+    share_lines(shared, share, line);
+    return {S::rotate_dwords_8(share_end(line))};
   }
   template <class Use>
-  [[gnu::always_inline]] void shared(const uint8_t* p, int half, Carry& carry, Use&& use) const {
-    I line[kLines + 1];
+  [[gnu::always_inline]] void shared(const uint8_t* p, int share, Carry& carry, Use&& use) const {
+    ShareLines line;
     line[0] = carry.before;
-    half_lines(p, half, line);
+    share_lines(p, share, line);
     decode<4>(line, use);
+    carry.before = share_end(line);
   }
 
   template <class Use>
@@ -170,9 +190,9 @@ requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
 
  private:
   template <int Dwords, class Use>
-  [[gnu::always_inline]] void decode(const I (&line)[kLines + 1], Use&& use) const {
+  [[gnu::always_inline]] void decode(const I* line, Use&& use) const {
     unrolled<Dwords>([&](auto j) __attribute__((always_inline)) {
-      constexpr int kEnd = kBits * j + kBits - 1, kBit = kEnd % 8;
+      constexpr int kEnd = static_cast<int>(Codec::kBits * (j + 1)) - 1, kBit = kEnd % 8;
       const I here = line[kEnd / 8 + 1], before = line[kEnd / 8];
       I index = here;
       if constexpr (kBit != 7)
@@ -180,7 +200,7 @@ requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
                                                                      S::shift_right_16(before, kBit + 1));
       const I change = S::exclusive_or(here, before);
       const I signs = kBit == 7 ? change : S::shift_left_16(change, 7 - kBit);
-      use(j, S::negate_where_top_bit(S::look_up_128(table, index), signs));
+      use(j, S::negate_where_top_bit(S::look_up_128(kTables == 1 || j % 2 == 0 ? even : odd, index), signs));
     });
   }
 };

@@ -10,7 +10,7 @@ namespace kvpack {
 struct CodecInfo {
   int32_t id;
   std::string_view name;
-  int32_t bits;  // per value, scales not counted; 0: the bits of the element
+  double bits;  // per value, scales not counted; 0: the bits of the element
   bool rotated, scale_rules, trellis;
   int32_t scale_block;  // dims per scale, 0: the whole vector
   std::string_view what, source;

@@ -16,17 +16,20 @@
 //                       low  4:  d0  d1  d2  d3   d0  d1  d2  d3       code << 0
 //                       high 4:  d4  d5  d6  d7   d4  d5  d6  d7       code << 4
 //
-// A *unit* is the run of depths that share one line (8, 4, 2, 1 bits), three (3 bits) or five (5 bits):
+// A *unit* is the run of depths that share one line (8, 4, 2, 1 bits), or as many as its codes fill:
 //   8 bit: 1 dword of depths;  4 bit: 2;  2 bit: 4;  1 bit: 8;
 //   3 bit: 8, "6+2": dwords 0..5 lie two by two in bits 0..5 of planes 0..2, dwords 6 and 7 make 6 bits whose pairs
 //     fill bits 6..7 of the three planes; trellis codes: a plain stream of 24 bits through the three planes;
-//   5 bit: 8: planes 0..3 hold the low four bits as at 4 bits, plane 4 the high bits as at 1 bit.
+//   5 bit: 8: planes 0..3 hold the low four bits as at 4 bits, plane 4 the high bits as at 1 bit;
+//   2.5 and 3.5 bit: 16, codes of 2 (3) bits in even dwords and of 3 (4) in odd ones: a plain stream of 40 (56) bits
+//     through five (seven) planes.
 // Lanes come in superblocks of 64 (the tile's tokens; 64 dims), inside one: [unit][lane block of 16][plane].
 //
-// A depth of 16 mod 32 (keys of head sizes 80 and 112) leaves half a unit of 8 dwords. Two neighbouring lane blocks
-// share one, after all whole units of the superblock:
+// A depth that is no multiple of a unit's (keys only) leaves *parts* of 4 dwords: one of 8 dwords at head sizes 80 and
+// 112, one to three of 16 dwords at 80, 96, 112 and 160. As many neighbouring lane blocks as a unit has parts, 2 or 4,
+// share one, after all whole units of the superblock, part after part:
 //
-//   shared unit n       dword:   0   1   2   3        4   5   6   7
+//   shared unit n       dword:   0   1   2   3        4   5   6   7          of 2, or up to dword 15 of 4
 //                       lanes:   those of block 2n    those of block 2n + 1
 //
 // `exact` stores elements: keys [dim][64 tokens], values [64 tokens][dim].
@@ -43,35 +46,46 @@ namespace kvpack {
 
 constexpr int32_t kFormatVersion = 1;
 
-constexpr int32_t unit_dwords(int32_t bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8; }
-constexpr int32_t unit_lines(int32_t bits) { return bits == 3 || bits == 5 ? bits : 1; }
+constexpr bool half_bit(double bits) { return bits == 2.5 || bits == 3.5; }
+constexpr int32_t unit_dwords(double bits) {
+  return bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : half_bit(bits) ? 16 : 8;
+}
+constexpr int32_t unit_lines(double bits) {
+  return static_cast<int32_t>(half_bit(bits) ? 2 * bits : bits == 3 || bits == 5 ? bits : 1);
+}
+// Lane blocks that share a unit where the depth leaves parts of one.
+constexpr int32_t unit_sharers(double bits) { return unit_dwords(bits) > 4 ? unit_dwords(bits) / 4 : 1; }
 
 // The shape of a section of codes of one width: of the code section of a codec that has one width.
 struct CodeGrid {
-  int32_t bits, lanes, depth;
-  constexpr int32_t units() const { return depth / (4 * unit_dwords(bits)); }  // whole ones
-  // Whether lane blocks share their last unit two by two: half a unit of depths is left.
-  constexpr bool shares() const { return depth % (4 * unit_dwords(bits)) != 0; }
+  double bits;
+  int32_t lanes, depth;
+  constexpr int32_t units() const { return depth / (4 * unit_dwords(bits)); }       // whole ones
+  constexpr int32_t parts() const { return depth % (4 * unit_dwords(bits)) / 16; }  // that lie in shared units
   constexpr int32_t superblocks() const { return (lanes + 63) / 64; }
   constexpr int32_t lane_blocks(int32_t sb) const { return (lanes - 64 * sb >= 64 ? 64 : lanes - 64 * sb) / 16; }
   // Bytes of a full superblock, hence the stride between superblocks.
-  constexpr size_t superblock_bytes() const { return size_t{8} * static_cast<size_t>(depth * bits); }
+  constexpr size_t superblock_bytes() const {
+    return size_t{4} * static_cast<size_t>(depth * static_cast<int32_t>(2 * bits));
+  }
   // First line of (superblock, unit, lane block).
   constexpr size_t line(int32_t sb, int32_t unit, int32_t block) const {
     return sb * superblock_bytes() + static_cast<size_t>((unit * lane_blocks(sb) + block) * unit_lines(bits)) * kLine;
   }
-  // First line of the unit that the lane blocks 2 * pair and 2 * pair + 1 of a superblock share.
-  constexpr size_t shared_line(int32_t sb, int32_t pair) const {
-    return line(sb, units(), 0) + static_cast<size_t>(pair * unit_lines(bits)) * kLine;
+  // First line of the unit where a lane block has a part, with its neighbours.
+  constexpr size_t shared_line(int32_t sb, int32_t part, int32_t block) const {
+    const int32_t n = (part * lane_blocks(sb) + block) / unit_sharers(bits);
+    return line(sb, units(), 0) + static_cast<size_t>(n * unit_lines(bits)) * kLine;
   }
 };
-constexpr CodeGrid code_grid(int32_t bits, int32_t head_dim, Side side) {
+constexpr CodeGrid code_grid(double bits, int32_t head_dim, Side side) {
   return side == Side::key ? CodeGrid{bits, kTile, head_dim} : CodeGrid{bits, head_dim, kTile};
 }
 
 // Where the sections of one side of a tile lie, standing alone (a Packed array) or inside a record.
 struct SideLayout {
-  int32_t bits, head_dim;
+  double bits;
+  int32_t head_dim;
   Side side;
   Center center;
   size_t scale_bytes, code_bytes;
@@ -87,7 +101,7 @@ struct SideLayout {
 };
 
 // Of a codec with codes of `bits` (0: elements) in so many bytes, and rows of 64 fp16 scales.
-constexpr SideLayout side_layout(int32_t bits, int32_t head_dim, Side side, Center center, int32_t scale_rows,
+constexpr SideLayout side_layout(double bits, int32_t head_dim, Side side, Center center, int32_t scale_rows,
                                  size_t code_bytes) {
   return {bits, head_dim, side, center, static_cast<size_t>(scale_rows) * kTile * 2, code_bytes};
 }
@@ -137,6 +151,7 @@ struct ConstTileSide {
 };
 
 static_assert(CodeGrid{4, 64, 128}.superblock_bytes() == 4096 && CodeGrid{3, 128, 64}.line(1, 0, 0) == 1536);
-static_assert(CodeGrid{3, 64, 80}.shared_line(0, 1) == 1728 && CodeGrid{3, 64, 80}.superblock_bytes() == 1920);
+static_assert(CodeGrid{3, 64, 80}.shared_line(0, 0, 2) == 1728 && CodeGrid{3, 64, 80}.superblock_bytes() == 1920);
+static_assert(CodeGrid{2.5, 64, 96}.shared_line(0, 1, 3) == 1600 && CodeGrid{2.5, 64, 96}.superblock_bytes() == 1920);
 
 }  // namespace kvpack

@@ -39,11 +39,11 @@ FORMAT_VERSION = int(_core.FORMAT_VERSION)
 
 @dataclass(frozen=True)
 class CodecInfo:
-    """A line of the registry. ``bits`` is 0 for ``exact``; ``scale_block`` 0 means one scale per vector."""
+    """A line of the registry. ``bits`` of one code, 0 for ``exact``; ``scale_block`` 0 means one scale per vector."""
 
     id: int
     name: str
-    bits: int
+    bits: float
     rotated: bool
     scale_rules: bool
     trellis: bool

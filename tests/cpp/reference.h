@@ -20,25 +20,31 @@ struct Field {
   size_t bit[8];
 };
 
-// stream: codes of 3 bits one after the other, those of a trellis.
-inline Field field_of(int bits, Side side, int head_dim, int token, int dim, bool stream = false) {
+// stream: codes of 3 bits one after the other, those of a trellis. At 2.5 and 3.5 bits, codes of the odd dwords have
+// one bit more than those of the even ones.
+inline Field field_of(double bits, Side side, int head_dim, int token, int dim, bool stream = false) {
   const int lane = side == Side::key ? token : dim, depth = side == Side::key ? dim : token;
   const int lanes = side == Side::key ? 64 : head_dim, depths = side == Side::key ? head_dim : 64;
-  const int dwords = bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8, planes = bits == 3 || bits == 5 ? bits : 1;
+  const bool mixed = bits != std::floor(bits);
+  const int dwords = mixed ? 16 : bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : 8;
+  const int planes = dwords < 8 || bits == 1 ? 1 : static_cast<int>(bits * dwords / 8);
   const int units = depths / (4 * dwords), whole = units * 4 * dwords;
   const int superblock = lane / 64, block = lane % 64 / 16, blocks = std::min(4, (lanes - 64 * superblock) / 16);
-  // Past the whole units, a pair of lane blocks has one unit: the even block its dwords 0..3, the odd one 4..7.
+  // Past the whole units, 2 or 4 lane blocks have one unit for every four dwords: the first block its dwords 0..3, the
+  // next one 4..7, ...
   const bool shared = depth >= whole;
-  const int unit = depth / 4 / dwords, j = shared ? (depth - whole) / 4 + block % 2 * 4 : depth / 4 % dwords;
+  const int sharers = dwords / 4, z = (depth - whole) / 4;
+  const int unit = depth / 4 / dwords, j = shared ? z % 4 + block % sharers * 4 : depth / 4 % dwords;
   const auto bit = [&](int plane, int of_byte) {
-    const int line = (unit * blocks + (shared ? block / 2 : block)) * planes + plane;
+    const int line = (unit * blocks + (shared ? (z / 4 * blocks + block) / sharers : block)) * planes + plane;
     const size_t byte = static_cast<size_t>(superblock) * static_cast<size_t>(64 * depths * bits / 8) +
                         static_cast<size_t>(line * 64 + lane % 16 * 4 + depth % 4);
     return byte * 8 + static_cast<size_t>(of_byte);
   };
-  Field f{bits, {}};
-  for (int i = 0; i < bits; ++i) {
-    const int of_run = bits * j + i, of_six = 3 * (j - 6) + i;
+  const int run = static_cast<int>(std::floor(bits * j));
+  Field f{static_cast<int>(mixed && j % 2 != 0 ? std::ceil(bits) : std::floor(bits)), {}};
+  for (int i = 0; i < f.count; ++i) {
+    const int of_run = run + i, of_six = 3 * (j - 6) + i;
     if (bits == 5)
       f.bit[i] = i == 4 ? bit(4, j) : bit(j / 2, 4 * (j % 2) + i);
     else if (bits != 3 || stream)
@@ -49,7 +55,8 @@ inline Field field_of(int bits, Side side, int head_dim, int token, int dim, boo
   return f;
 }
 
-inline int code_at(const uint8_t* codes, int bits, Side side, int head_dim, int token, int dim, bool stream = false) {
+inline int code_at(const uint8_t* codes, double bits, Side side, int head_dim, int token, int dim,
+                   bool stream = false) {
   const Field f = field_of(bits, side, head_dim, token, dim, stream);
   int code = 0;
   for (int i = 0; i < f.count; ++i) code |= (codes[f.bit[i] / 8] >> (f.bit[i] % 8) & 1) << i;
@@ -78,25 +85,29 @@ inline double level(const CodecInfo& info, int code) {
                                                                      {"tq3", {10, 31, 55, 88}},
                                                                      {"tqr3", {7, 29, 49, 71}},
                                                                      {"tq4", {5, 15, 25, 36, 48, 62, 79, 104}}};
-  const int middle = 1 << (info.bits - 1);
+  const int middle = 1 << (static_cast<int>(info.bits) - 1);
   const auto book = positive.find(info.name);
   if (book == positive.end()) return code - middle;
   return code >= middle ? book->second[static_cast<size_t>(code - middle)]
                         : -book->second[static_cast<size_t>(middle - 1 - code)];
 }
 
-inline const int8_t* trellis_levels(int bits) {
-  return (bits == 1 ? kTcq1Levels : bits == 2 ? kTcq2Levels : bits == 3 ? kTcq3Levels : kTcq4Levels).level[0];
+inline const TrellisLevels& trellis_levels(double bits) {
+  static const std::map<double, const TrellisLevels*> levels{{1, &kTcq1Levels},    {2, &kTcq2Levels},
+                                                             {2.5, &kTcq25Levels}, {3, &kTcq3Levels},
+                                                             {3.5, &kTcq35Levels}, {4, &kTcq4Levels}};
+  return *levels.at(bits);
 }
 
 // Levels of one side of a tile, [64][head_dim]. The codes of a lane make a circle of bits, in the order of depths 0, 4,
 // 8, ..., 1, 5, 9, ...; a level is looked up with the seven bits before the last one of its code, and is negative where
-// that last bit and the one before the seven differ.
-inline Matrix trellis(const uint8_t* codes, int bits, Side side, int d) {
+// that last bit and the one before the seven differ. Codes of odd steps may be a bit longer, with a table of their own.
+inline Matrix trellis(const uint8_t* codes, double bits, Side side, int d) {
   const int depths = side == Side::key ? d : kTile, lanes = side == Side::key ? kTile : d;
-  const int8_t* table = trellis_levels(bits);
+  const int even = static_cast<int>(std::floor(bits)), odd = static_cast<int>(std::ceil(bits));
+  const int length = depths / 2 * (even + odd);
   Matrix out(kTile, d);
-  std::vector<int> circle(static_cast<size_t>(depths * bits));
+  std::vector<int> circle(static_cast<size_t>(length));
   for (int lane = 0; lane < lanes; ++lane) {
     const auto each = [&](auto&& body) {
       int step = 0;
@@ -104,15 +115,16 @@ inline Matrix trellis(const uint8_t* codes, int bits, Side side, int d) {
         for (int depth = column; depth < depths; depth += 4, ++step)
           side == Side::key ? body(step, lane, depth) : body(step, depth, lane);
     };
+    const auto first = [&](int step) { return step / 2 * (even + odd) + step % 2 * even; };
     each([&](int step, int token, int dim) {
       const int code = code_at(codes, bits, side, d, token, dim, true);
-      for (int i = 0; i < bits; ++i) circle[static_cast<size_t>(step * bits + i)] = code >> i & 1;
+      for (int i = first(step); i < first(step + 1); ++i)
+        circle[static_cast<size_t>(i)] = code >> (i - first(step)) & 1;
     });
     each([&](int step, int token, int dim) {
-      const int last = step * bits + bits - 1;
-      const auto back = [&](int n) {
-        return circle[static_cast<size_t>((last - n + depths * bits) % (depths * bits))];
-      };
+      const int last = first(step + 1) - 1;
+      const auto back = [&](int n) { return circle[static_cast<size_t>((last - n + length) % length)]; };
+      const int8_t* table = trellis_levels(bits).level[even != odd && step % 2 != 0 ? 1 : 0];
       int index = 0;
       for (int n = 1; n <= 7; ++n) index = index * 2 + back(n);
       out(token, dim) = back(0) != back(8) ? -table[index] : table[index];

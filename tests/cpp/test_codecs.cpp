@@ -79,7 +79,7 @@ std::vector<float> near_thresholds(const CodecInfo& info, int32_t d, uint64_t se
   const std::map<std::string_view, double> units{
       {"tq2", 0.015104}, {"tq3", 0.024448}, {"tqr3", 0.025176}, {"tq4", 0.026219}};
   const double unit = info.trellis || info.bits == 1 ? 0 : units.at(info.name);
-  const int half = 1 << (info.bits - 1);
+  const int half = 1 << (static_cast<int>(info.bits) - 1);
   Random random(seed);
   reference::Matrix z(kTile, d);
   for (int t = 0; t < kTile; ++t) {

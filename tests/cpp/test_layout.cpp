@@ -12,8 +12,8 @@ using namespace kvpack;
 constexpr Side kSides[] = {Side::key, Side::value};
 
 // Widths, and whether codes of 3 bits are a stream.
-constexpr std::pair<int, bool> kWidths[] = {{1, false}, {2, false}, {3, false}, {3, true},
-                                            {4, false}, {5, false}, {8, false}};
+constexpr std::pair<double, bool> kWidths[] = {{1, false},  {2, false}, {2.5, true}, {3, false}, {3, true},
+                                               {3.5, true}, {4, false}, {5, false},  {8, false}};
 
 }  // namespace
 
@@ -22,12 +22,13 @@ TEST(every_bit_belongs_to_one_code) {
     for (const int d : kHeadDims)
       for (const Side side : kSides) {
         const check::Context context("bits ", bits, " head_dim ", d, " side ", static_cast<int>(side));
-        const auto bytes = static_cast<size_t>(kTile * d * bits / 8);
+        const auto bytes = static_cast<size_t>(8 * d * bits);
         std::vector<int> owners(bytes * 8, 0);
         for (int token = 0; token < kTile; ++token)
           for (int dim = 0; dim < d; ++dim) {
             const reference::Field f = reference::field_of(bits, side, d, token, dim, stream);
-            CHECK_EQ(f.count, bits);
+            const int odd = (side == Side::key ? dim : token) / 4 % 2;
+            CHECK_EQ(f.count, static_cast<int>(odd != 0 ? std::ceil(bits) : std::floor(bits)));
             for (int i = 0; i < f.count; ++i)
               if (CHECK_LT(f.bit[i], owners.size())) ++owners[f.bit[i]];
           }
@@ -38,15 +39,16 @@ TEST(every_bit_belongs_to_one_code) {
 }
 
 TEST(lines_cover_the_code_section_once) {
-  for (const int bits : {1, 2, 3, 4, 5, 8})
+  for (const double bits : {1.0, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 8.0})
     for (const int lanes : kHeadDims)  // also head sizes whose last superblock is not full
       for (const int depth : kHeadDims) {
         if (lanes != kTile && depth != kTile) continue;
         const check::Context context("bits ", bits, " lanes ", lanes, " depth ", depth);
         const CodeGrid grid{bits, lanes, depth};
         const auto total = static_cast<size_t>(lanes * depth * bits / 8 / kLine);
-        CHECK_EQ(grid.units() * unit_dwords(bits) * 4 + (grid.shares() ? 16 : 0), depth);
-        CHECK_EQ(grid.shares(), (bits == 1 || bits == 3 || bits == 5) && depth % 32 != 0);
+        CHECK_EQ(grid.units() * unit_dwords(bits) * 4 + grid.parts() * 16, depth);
+        const int unit_depth = half_bit(bits) ? 64 : bits == 1 || bits == 3 || bits == 5 ? 32 : 16;
+        CHECK_EQ(grid.parts(), depth % unit_depth / 16);
         std::vector<int> seen(total, 0);
         int blocks = 0;
         for (int sb = 0; sb < grid.superblocks(); ++sb) {
@@ -58,11 +60,12 @@ TEST(lines_cover_the_code_section_once) {
                 CHECK_EQ(at % kLine, size_t{0});
                 if (CHECK_LT(at / kLine, total)) ++seen[at / kLine];
               }
-          for (int pair = 0; grid.shares() && pair < grid.lane_blocks(sb) / 2; ++pair)
-            for (int plane = 0; plane < unit_lines(bits); ++plane) {
-              const size_t at = grid.shared_line(sb, pair) + static_cast<size_t>(plane * kLine);
-              if (CHECK_LT(at / kLine, total)) ++seen[at / kLine];
-            }
+          for (int part = 0; part < grid.parts(); ++part)
+            for (int block = 0; block < grid.lane_blocks(sb); block += unit_sharers(bits))
+              for (int plane = 0; plane < unit_lines(bits); ++plane) {
+                const size_t at = grid.shared_line(sb, part, block) + static_cast<size_t>(plane * kLine);
+                if (CHECK_LT(at / kLine, total)) ++seen[at / kLine];
+              }
         }
         CHECK_EQ(blocks, lanes / 16);
         int64_t wrong = 0;
@@ -80,9 +83,9 @@ TEST(lines_are_where_the_fields_are) {
         for (int token = 0; token < kTile; ++token)
           for (int dim = 0; dim < d; ++dim) {
             const int lane = side == Side::key ? token : dim, depth = side == Side::key ? dim : token;
-            const int unit = depth / 4 / unit_dwords(bits);
+            const int unit = depth / 4 / unit_dwords(bits), part = depth % (4 * unit_dwords(bits)) / 16;
             const size_t line = unit < grid.units() ? grid.line(lane / 64, unit, lane % 64 / 16)
-                                                    : grid.shared_line(lane / 64, lane % 64 / 32);
+                                                    : grid.shared_line(lane / 64, part, lane % 64 / 16);
             const reference::Field f = reference::field_of(bits, side, d, token, dim, stream);
             for (int i = 0; i < f.count; ++i) {
               const size_t byte = f.bit[i] / 8;
@@ -111,8 +114,8 @@ TEST(sections_of_records) {
           };
           const auto sizes = [](int64_t code, int64_t d) {
             const CodecInfo& info = inputs::info_of(code);
-            return static_cast<size_t>(
-                64 * d * (info.bits == 0 ? 8 * dtype_bytes(CodecCode::unpack(code).dtype) : info.bits) / 8);
+            return static_cast<size_t>(8 * static_cast<double>(d) *
+                                       (info.bits == 0 ? 8 * dtype_bytes(CodecCode::unpack(code).dtype) : info.bits));
           };
           CHECK_EQ(r.key_scales(), size_t{0});
           CHECK_EQ(r.value_scales(), scales(key, dk));

@@ -56,7 +56,7 @@ def test_commands_exist(path: Path, line: str) -> None:
 
 def test_the_codec_table_is_what_the_program_says() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.]+)` \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
     told = {codec: (float(d64), float(d128)) for codec, d64, d128 in rows}
     # `exact` has the bits of the model's dtype.
     own = {codec for codec in kvpack.codecs() if codec != "exact"}

@@ -62,8 +62,8 @@ def test_golden_bytes(name: str) -> None:
 
 
 def test_golden_files_are_small_and_complete() -> None:
-    files = sorted(GOLDEN.glob("*.npz"))
-    assert [file.stem for file in files] == sorted(names())
+    files = list(GOLDEN.glob("*.npz"))
+    assert sorted(file.stem for file in files) == sorted(names())
     assert sum(file.stat().st_size for file in files) <= 100_000
 
 

@@ -58,7 +58,7 @@ class Codec:
     """One codec that quantizes (`exact` does not, and is not here)."""
 
     id: int  # in codec codes
-    bits: int  # of one code
+    bits: float  # of one code; of half-bit codes on average
     quantize: Callable[[F32, str, str, bool, Mean | None], tuple[Codes, F32]]  # x [n, 64, d], side, rule, search, mean
     levels: Callable[[Codes, str], NDArray[np.int8]]  # codes [n, 64, d], side
     rotated: bool = True
@@ -72,7 +72,7 @@ class Codec:
 
     def code_bytes(self, d: int) -> int:
         """Bytes of the codes of one side of a tile."""
-        return 8 * d * self.bits
+        return int(8 * d * self.bits)
 
     def pack(self, codes: Codes, side: str) -> Codes:
         """Codes [..., 64, d] of tiles -> their bytes [..., code_bytes]."""
@@ -102,7 +102,7 @@ def _blocks(id: int, bits: int, rotated: bool = False) -> Codec:
     return Codec(id, bits, there, partial(block_levels, bits=bits), rotated, scale_rules=False, scale_block=32)
 
 
-def _trellis(id: int, k: int) -> Codec:
+def _trellis(id: int, k: float) -> Codec:
     return Codec(id, k, partial(tcq_quantize, k=k), partial(tcq_levels, k=k), stream=True)
 
 
@@ -121,6 +121,8 @@ CODECS: dict[str, Codec] = {
     "tcq2": _trellis(12, 2),
     "tcq3": _trellis(13, 3),
     "tcq4": _trellis(14, 4),
+    "tcq2.5": _trellis(15, 2.5),
+    "tcq3.5": _trellis(16, 3.5),
 }
 """Every codec that quantizes, by name."""
 

@@ -1,4 +1,4 @@
-"""The trellis codecs tcq1 to tcq4: rotation, a trellis code (see `trellis`), one scale for the vector.
+"""The trellis codecs: rotation, a trellis code (see `trellis`), one scale for the vector.
 
 A sequence of the trellis runs along the depth of the tile: keys, one sequence for each token, along its d dims;
 values, one for each dim, along the 64 tokens. Step n of a sequence is depth `order(steps)[n]`, so that each byte
@@ -42,12 +42,12 @@ def from_sequences(rows: NDArray[Scalar], side: str, d: int) -> NDArray[Scalar]:
     return lanes.reshape(-1, 64, d) if side == "key" else np.swapaxes(lanes.reshape(-1, d, 64), 1, 2)
 
 
-def tcq_levels(codes: Codes, side: str, *, k: int) -> NDArray[np.int8]:
+def tcq_levels(codes: Codes, side: str, *, k: float) -> NDArray[np.int8]:
     """The levels of codes [n, 64, d]."""
     return from_sequences(trellis.levels(sequences(codes, side), k), side, codes.shape[-1])
 
 
-def tcq_quantize(x: F32, side: str, rule: str, search: bool, mean: Mean | None, *, k: int) -> tuple[Codes, F32]:
+def tcq_quantize(x: F32, side: str, rule: str, search: bool, mean: Mean | None, *, k: float) -> tuple[Codes, F32]:
     """x float32 [n, 64, d] -> codes [n, 64, d], scales float32 [n, 64, 1].
 
     With `search`, as for the Lloyd-Max codecs; but sequences of values run through all tokens, so for them one gain

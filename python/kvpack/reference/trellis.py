@@ -63,7 +63,7 @@ def _code(k: float, bits: tuple[int, int], doublings: int, seam: int) -> Trellis
 
 
 TRELLIS_CODES: dict[float, TrellisCode] = {
-    1: _code(1, (1, 1), 0, 40),
+    1: _code(1, (1, 1), 0, 64),
     2: _code(2, (2, 2), 0, 32),
     2.5: _code(2.5, (2, 3), 0, 32),
     3: _code(3, (3, 3), 0, 24),
