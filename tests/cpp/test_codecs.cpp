@@ -283,8 +283,10 @@ TEST(partial_tiles_are_filled_with_zeros) {
           std::vector<float> decoded(x.size(), 1.0F);
           decode_tile(partial.read(), code, d, side, kTile, reinterpret_cast<uint8_t*>(decoded.data()), Dtype::f32,
                       ptrdiff_t{d} * 4);
-          if (partial.layout.center == Center::none)  // a centred zero is coded like any vector
-            CHECK_EQ(std::count(decoded.begin() + tokens * d, decoded.end(), 0.0F), (kTile - tokens) * d);
+          // A centred zero is coded like any vector; one in a live group of keys takes the nearest level.
+          const int zeros = inputs::info_of(code).asymmetric && side == Side::key ? (tokens + 31) / 32 * 32 : tokens;
+          if (partial.layout.center == Center::none)
+            CHECK_EQ(std::count(decoded.begin() + zeros * d, decoded.end(), 0.0F), (kTile - zeros) * d);
           // Decoding some tokens writes no more than these.
           inputs::Bytes out(static_cast<size_t>((tokens + 1) * d) * 4);
           decode_tile(partial.read(), code, d, side, tokens, out.data(), Dtype::f32, ptrdiff_t{d} * 4);
