@@ -30,7 +30,7 @@ Where the depth ends in the middle of a unit of 8 dwords (keys of head sizes 80 
 unit two by two: of the unit of lane blocks 2n and 2n + 1, dwords 0..3 belong to the first and 4..7 to the second.
 Shared units follow the whole units of their superblock, in the order of n.
 
-`exact` keeps whole elements: keys [dim][token], values [token][dim], little endian.
+`exact` keeps whole elements: keys [dim][token], values [token][dim], little endian; `fp8` its codes likewise.
 """
 
 import math
