@@ -124,7 +124,7 @@ int32_t encode_asymmetric(const kvpack::EncodeArgs& a) {
 template <class Codec>
 void decode_asymmetric(const kvpack::DecodeArgs& a) {
   using namespace kvpack;
-  const int d = a.head_dim, zeros = scale_rows_of<Codec>(a.side, d) / 2 * kTile;
+  const int d = a.head_dim, zeros = scale_rows_of<Codec>(a.side, d) * kTile / 2;
   unpack_codes<Codec::kBits, false>(a.tile.codes, d, a.side, a.scratch);
   for (int t = 0; t < kTile; ++t)
     for (int i = 0; i < d; ++i) {
