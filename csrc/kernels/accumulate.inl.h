@@ -40,8 +40,7 @@ float quantize_probs(const float* probs, const uint16_t* scales, int dither, int
   F x[kVectors];
   F top = S::set1(1e-30F);
   for (int v = 0; v < kVectors; ++v) {
-    const F scale = S::template load_element<Dtype::f16>(reinterpret_cast<const uint8_t*>(scales + v * S::kLanes));
-    x[v] = S::mul(S::load(probs + v * S::kLanes), S::abs(scale));
+    x[v] = S::mul(S::load(probs + v * S::kLanes), S::abs(load_scales<S>(scales + v * S::kLanes)));
     top = S::max(top, x[v]);
   }
   const float max = S::reduce_max(top);
@@ -69,12 +68,10 @@ float quantize_probs(const float* probs, const uint16_t* scales, int dither, int
 // Probabilities times the middles, zero + step * kMiddle, of 64 tokens.
 template <class S, class Codec>
 float middle_of(const float* probs, const uint16_t* steps, const uint16_t* zeros) {
-  using kvpack::Dtype;
   auto sum = S::zero();
   for (int t = 0; t < kvpack::kTile; t += S::kLanes) {
-    const auto step = S::template load_element<Dtype::f16>(reinterpret_cast<const uint8_t*>(steps + t));
-    const auto zero = S::template load_element<Dtype::f16>(reinterpret_cast<const uint8_t*>(zeros + t));
-    sum = S::fma(S::load(probs + t), S::fma(step, S::set1(Codec::kMiddle), zero), sum);
+    const auto middle = S::fma(load_scales<S>(steps + t), S::set1(Codec::kMiddle), load_scales<S>(zeros + t));
+    sum = S::fma(S::load(probs + t), middle, sum);
   }
   return S::reduce_add(sum);
 }

@@ -81,9 +81,8 @@ void accumulate_e4m3(const kvpack::AccumulateArgs& a) {
   using namespace kvpack;
   alignas(64) float probs[G * kTile];
   for (int t = 0; t < kTile; t += S::kLanes) {
-    const auto scale = S::template load_element<Dtype::f16>(reinterpret_cast<const uint8_t*>(a.tile.scales + t));
-    for (int g = 0; g < G; ++g)
-      S::store(probs + g * kTile + t, S::mul(S::load(a.probs + g * kTile + t), S::mul(scale, S::set1(kE4m3Unit))));
+    const auto scale = S::mul(load_scales<S>(a.tile.scales + t), S::set1(kE4m3Unit));
+    for (int g = 0; g < G; ++g) S::store(probs + g * kTile + t, S::mul(S::load(a.probs + g * kTile + t), scale));
   }
   dense_accumulate_group<S, Dtype::e4m3, G>(
       {a.tile.codes, a.head_dim, nullptr, probs, a.ahead, a.out, a.out_stride, a.head_dim, kTile, G});

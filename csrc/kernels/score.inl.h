@@ -26,10 +26,11 @@ void quantize_query_block(const float* q, int dims, int levels, int sb, int at, 
   F sum[2] = {S::zero(), S::zero()};
   for (int i = 0; i < dims; i += S::kLanes) {
     const F v = S::mul(S::load(q + i), inv), first = S::round_even(v);
-    const F second = S::round_even(S::mul(S::sub(v, first), S::set1(254.0F)));
     S::store_low_bytes(level[0] + i, first);
-    S::store_low_bytes(level[1] + i, second);
     sum[0] = S::add(sum[0], first);
+    if (levels == 1) continue;
+    const F second = S::round_even(S::mul(S::sub(v, first), S::set1(254.0F)));
+    S::store_low_bytes(level[1] + i, second);
     sum[1] = S::add(sum[1], second);
   }
   for (int n = 0; n < levels; ++n) {
@@ -57,24 +58,17 @@ void quantize_asymmetric_query(const kvpack::ScoreArgs& a, const float* query, k
   using F = typename S::F;
   alignas(64) float scaled[kMaxHeadDim];
   for (int n = 0; n < kKeyGroups; ++n) {
-    const auto load = [&](int part, int i) {
-      const uint16_t* at = a.tile.scales + (part * kKeyGroups + n) * a.head_dim + i;
-      return S::template load_element<Dtype::f16>(reinterpret_cast<const uint8_t*>(at));
-    };
+    const uint16_t* steps = a.tile.scales + n * a.head_dim;
+    const uint16_t* zeros = steps + kKeyGroups * a.head_dim;
     F sum = S::zero();
     for (int i = 0; i < a.head_dim; i += S::kLanes) {
-      const F q = S::load(query + i), step = load(0, i);
+      const F q = S::load(query + i), step = load_scales<S>(steps + i);
       S::store(scaled + i, S::mul(S::mul(q, step), S::set1(0.5F)));
-      sum = S::fma(q, S::fma(step, S::set1(Codec::kMiddle), load(1, i)), sum);
+      sum = S::fma(q, S::fma(step, S::set1(Codec::kMiddle), load_scales<S>(zeros + i)), sum);
     }
     bias[n] = S::reduce_add(sum);
     quantize_query_block<S>(scaled, a.head_dim, a.levels, 0, 0, rows[n]);
   }
-}
-
-template <class S>
-[[gnu::always_inline]] inline typename S::F token_scales(const uint16_t* scales) {
-  return S::template load_element<kvpack::Dtype::f16>(reinterpret_cast<const uint8_t*>(scales));
 }
 
 template <class S, class Codec, int G>
@@ -153,13 +147,15 @@ void score(const kvpack::ScoreArgs& a) {
             });
         for (int v = 0; v < kInFlight; ++v) {
           const int token = (v0 + v) * S::kLanes;
+          [[maybe_unused]] auto scale = S::zero();
+          if constexpr (!Codec::kAsymmetric) scale = load_scales<S>(a.tile.scales + sb * kTile + token);
           for (int g = 0; g < G; ++g) {
             float* out = a.scores + g * kTile + token;
             const auto sum = S::to_float(acc[g][v]), unit = S::set1(row(g).scale[level][sb]);
             if constexpr (Codec::kAsymmetric) {
               S::store(out, S::fma(sum, unit, level == 0 ? S::set1(bias[g][key_group]) : S::load(out)));
             } else {
-              const auto part = S::mul(S::mul(sum, token_scales<S>(a.tile.scales + sb * kTile + token)), unit);
+              const auto part = S::mul(S::mul(sum, scale), unit);
               S::store(out, level == 0 && sb == 0 ? part : S::add(S::load(out), part));
             }
           }
@@ -195,7 +191,7 @@ void exact_score(const kvpack::ScoreArgs& a) {
     for (int v = 0; v < kInFlight; ++v) {
       const int token = (v0 + v) * S::kLanes;
       F scale = S::set1(1.0F);
-      if constexpr (T == Dtype::e4m3) scale = S::mul(token_scales<S>(a.tile.scales + token), S::set1(kE4m3Unit));
+      if constexpr (T == Dtype::e4m3) scale = S::mul(load_scales<S>(a.tile.scales + token), S::set1(kE4m3Unit));
       for (int g = 0; g < G; ++g)
         S::store(a.scores + g * kTile + token, T == Dtype::e4m3 ? S::mul(acc[g][v], scale) : acc[g][v]);
     }

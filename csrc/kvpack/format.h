@@ -4,7 +4,7 @@
 //
 //   | K scales | V scales | K codes | V codes |      every section a multiple of 64 bytes
 //
-//   scales   fp16 [scale block][token]: one row of 64 per scale block (none for `exact`; codecs/kivi.h: steps and zeros)
+//   scales   fp16 [scale block][token]: one row of 64 per scale block (none for `exact`; KIVI's: codecs/kivi.h)
 //   codes    lines of 64 bytes = 16 lanes x 4 depths
 //
 // Codes have a lane axis and a depth axis. Keys: lane = token, depth = dim. Values: lane = dim, depth = token. So a
