@@ -26,19 +26,22 @@ def e4m3(y: F32) -> Codes:
     normal = (size + np.uint32(0x7FFFF) + (size >> 20 & np.uint32(1)) >> 20) - np.uint32(960)
     subnormal = (size.view(np.float32) + np.float32(2**14)).view(np.uint32) & np.uint32(0xFF)  # in steps of 2^-9
     magnitude = np.where(size < SMALLEST_NORMAL.view(np.uint32), subnormal, normal)
-    return (magnitude | bits >> 24 & np.uint32(0x80)).astype(np.uint8)
+    codes: Codes = (magnitude | bits >> 24 & np.uint32(0x80)).astype(np.uint8)
+    return codes
 
 
 def e4m3_value(codes: Codes, side: str) -> NDArray[np.float64]:
     """What codes stand for."""
     exponent, mantissa = codes >> 3 & 15, (codes & 7).astype(np.float64)
     magnitude = np.ldexp(mantissa + np.where(exponent, 8.0, 0.0), np.maximum(exponent, 1).astype(np.int32) - 10)
-    return np.where(codes & 0x80, -magnitude, magnitude)
+    values: NDArray[np.float64] = np.where(codes & 0x80, -magnitude, magnitude)
+    return values
 
 
 def fp8_quantize(x: F32, side: str, rule: str, search: bool, mean: Mean | None) -> tuple[Codes, F32]:
     """x float32 [n, 64, d] -> codes [n, 64, d], scales float32 [n, 64, 1]. Vectors of zeros: codes 0, scale 0."""
     scaled, e, live = normalise(x)
     step = np.where(live, np.max(np.abs(scaled), axis=-1, keepdims=True), LARGEST) / LARGEST
-    codes = e4m3(scaled * (np.float32(1) / step))
+    inv = (np.float32(1) / step).astype(np.float32, copy=False)
+    codes = e4m3(scaled * inv)
     return np.where(live, codes, np.uint8(0)), np.where(live, np.ldexp(step, e), np.float32(0))
