@@ -24,9 +24,13 @@ struct Ranges {
 };
 
 template <class S>
-typename S::F scaled_by(const kvpack::EncodeArgs& a, int at, const PowerOfTwo& power) {
-  return S::mul(S::mul(S::load(a.x + at), S::set1(power.down)), S::set1(power.down_again));
+[[gnu::always_inline]] inline typename S::F scaled(const float* x, const PowerOfTwo& power) {
+  const auto v = S::mul(S::load(x), S::set1(power.down));
+  return power.down_again == 1.0F ? v : S::mul(v, S::set1(power.down_again));
 }
+
+// Of the largest |x|; a group of zeros has none.
+inline PowerOfTwo power_of(float m) { return PowerOfTwo(m == 0.0F ? 1.0F : m); }
 
 template <class S, class Codec>
 int32_t encode_asymmetric_values(const kvpack::EncodeArgs& a) {
@@ -37,22 +41,24 @@ int32_t encode_asymmetric_values(const kvpack::EncodeArgs& a) {
   int32_t status = 0;
   for (int t = 0; t < kTile; ++t)
     for (int b = 0; b < blocks; ++b) {
-      const int at = t * d + b * kBlock, dims = d - b * kBlock < kBlock ? d - b * kBlock : kBlock;
+      const int dims = d - b * kBlock < kBlock ? d - b * kBlock : kBlock;
+      const float* x = a.from + t * a.stride + b * kBlock;
+      uint8_t* codes = a.scratch + t * d + b * kBlock;
       bool finite;
-      const float m = max_abs<S>(a.x + at, dims, finite);
+      const float m = max_abs<S>(x, dims, finite);
       if (!finite) {
         report(status, kNonFinite, t);
         continue;
       }
-      const PowerOfTwo power(m);
-      F high = scaled_by<S>(a, at, power), low = S::sub(S::zero(), high);
+      const PowerOfTwo power = power_of(m);
+      F high = scaled<S>(x, power), low = S::sub(S::zero(), high);
       for (int i = S::kLanes; i < dims; i += S::kLanes) {
-        const F v = scaled_by<S>(a, at + i, power);
+        const F v = scaled<S>(x + i, power);
         high = S::max(high, v);
         low = S::max(low, S::sub(S::zero(), v));
       }
       const auto range = Ranges<S, Codec>::of(S::set1(-S::reduce_max(low)), S::set1(S::reduce_max(high)));
-      for (int i = 0; i < dims; i += S::kLanes) range.code(scaled_by<S>(a, at + i, power), a.scratch + at + i);
+      for (int i = 0; i < dims; i += S::kLanes) range.code(scaled<S>(x + i, power), codes + i);
       alignas(64) float step[S::kLanes], zero[S::kLanes];
       S::store(step, range.step);
       S::store(zero, range.zero);
@@ -65,7 +71,7 @@ int32_t encode_asymmetric_values(const kvpack::EncodeArgs& a) {
 // The first largest key of a channel: it made the scale.
 inline int largest_key(const kvpack::EncodeArgs& a, int first, int channel) {
   int found = first;
-  const auto size = [&](int t) { return __builtin_fabsf(a.x[t * a.head_dim + channel]); };
+  const auto size = [&](int t) { return __builtin_fabsf(a.from[t * a.stride + channel]); };
   for (int t = first; t < first + kvpack::kTile / kvpack::kKeyGroups; ++t)
     if (size(t) > size(found)) found = t;
   return found;
@@ -81,7 +87,7 @@ int32_t encode_asymmetric_keys(const kvpack::EncodeArgs& a) {
   float each[kTile];
   for (int t = 0; t < kTile; ++t) {
     bool finite;
-    each[t] = max_abs<S>(a.x + t * d, d, finite);
+    each[t] = max_abs<S>(a.from + t * a.stride, d, finite);
     if (!finite) report(status, kNonFinite, t);
   }
   if (status != 0) return status;
@@ -93,17 +99,17 @@ int32_t encode_asymmetric_keys(const kvpack::EncodeArgs& a) {
       if (each[t] > 0.0F) live[tokens++] = t;
       m = each[t] > m ? each[t] : m;
     }
-    const PowerOfTwo power(m);
+    const PowerOfTwo power = power_of(m);
     for (int i = 0; i < d; i += S::kLanes) {
       F low = S::zero(), high = low;
       for (int k = 0; k < tokens; ++k) {
-        const F v = scaled_by<S>(a, live[k] * d + i, power);
+        const F v = scaled<S>(a.from + live[k] * a.stride + i, power);
         low = k == 0 ? v : S::min(low, v);
         high = k == 0 ? v : S::max(high, v);
       }
       const auto range = Ranges<S, Codec>::of(low, high);
       for (int t = first; t < first + kTokens; ++t)
-        range.code(scaled_by<S>(a, t * d + i, power), a.scratch + t * d + i);
+        range.code(scaled<S>(a.from + t * a.stride + i, power), a.scratch + t * d + i);
       alignas(64) float found[2][S::kLanes];
       S::store(found[0], range.step);
       S::store(found[1], range.zero);

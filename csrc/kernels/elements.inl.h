@@ -11,7 +11,7 @@ int32_t encode_elements(const kvpack::EncodeArgs& a) {
   const int d = a.head_dim;
   int32_t status = 0;
   for (int t = 0; t < kTile; ++t) {
-    const float* x = a.x + t * d;
+    const float* x = a.from + t * a.stride;
     uint8_t* codes = a.scratch + t * d;
     bool finite;
     const float m = max_abs<S>(x, d, finite);

@@ -4,7 +4,6 @@
 
 #include "attend_case.h"
 #include "core/fp_control.h"
-#include "kernels/table.h"
 
 namespace {
 
@@ -90,7 +89,8 @@ TEST(centred_sides) {
       c.rows = {0, 0, 9, 9};
       check_case(c);
     }
-  // A learned sink logit does not move with the keys, so that what the mean takes from the scores has to come back whole.
+  // A learned sink logit does not move with the keys, so that what the mean takes from the scores has to come back
+  // whole.
   for (const CodecInfo& info : codecs())
     for (const Center center : {Center::mean, Center::tile}) {
       if (!info.rotated) continue;
@@ -354,30 +354,6 @@ TEST(host_floating_point_control_does_not_matter) {
     CHECK_EQ(std::fegetround(), FE_UPWARD);
     std::fesetround(FE_TONEAREST);
     CHECK(upward == want);
-  }
-}
-
-TEST(every_element_of_e4m3_is_read) {
-  // Kernels run with flush-to-zero: subnormals must count all the same. Scores and outputs are the elements themselves.
-  const FpControl flush(FpControl::Mode::flush);
-  constexpr int32_t d = 128;
-  inputs::Tile tile(inputs::code_of(15), d, Side::key);
-  for (int i = 0; i < kTile * d; ++i) tile.sections().codes[i] = static_cast<uint8_t>(i % 254 + i % 254 / 127);
-  for (int t = 0; t < kTile; ++t) tile.sections().scales[t] = 0x3c00;
-  const KernelTable& k = kernels();
-  alignas(64) float query[d] = {}, scores[kTile], probs[kTile] = {}, out[d];
-  for (int i = 0; i < d; ++i) {
-    query[i] = 1.0F;
-    k.score[15][0]({nullptr, query, tile.read(), tile.read().codes, scores, d, 1});
-    query[i] = 0.0F;
-    for (int t = 0; t < kTile; ++t) CHECK_EQ(scores[t], reference::e4m3(tile.read().codes[i * kTile + t]));
-  }
-  for (int t = 0; t < kTile; ++t) {
-    probs[t] = 1.0F;
-    std::memset(out, 0, sizeof out);
-    k.accumulate[15][0]({probs, tile.read(), tile.read().codes, out, d, d, 1, 0});
-    probs[t] = 0.0F;
-    for (int i = 0; i < d; ++i) CHECK_EQ(out[i], reference::e4m3(tile.read().codes[t * d + i]));
   }
 }
 
