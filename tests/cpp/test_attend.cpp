@@ -89,8 +89,7 @@ TEST(centred_sides) {
       c.rows = {0, 0, 9, 9};
       check_case(c);
     }
-  // A learned sink logit does not move with the keys, so that what the mean takes from the scores has to come back
-  // whole.
+  // A learned sink logit does not move with the keys, so that what the mean takes from the scores has to come back whole.
   for (const CodecInfo& info : codecs())
     for (const Center center : {Center::mean, Center::tile}) {
       if (!info.rotated) continue;
