@@ -98,6 +98,8 @@ py::list registry() {
     d["rotated"] = c.rotated;
     d["scale_rules"] = c.scale_rules;
     d["trellis"] = c.trellis;
+    d["elements"] = c.elements;
+    d["asymmetric"] = c.asymmetric;
     d["scale_block"] = c.scale_block;
     d["what"] = std::string(c.what);
     d["source"] = std::string(c.source);

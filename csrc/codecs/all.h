@@ -2,6 +2,8 @@
 #pragma once
 #include "codecs/affine.h"
 #include "codecs/exact.h"
+#include "codecs/fp8.h"
+#include "codecs/kivi.h"
 #include "codecs/lloyd_max.h"
 #include "codecs/residual.h"
 #include "codecs/tcq.h"

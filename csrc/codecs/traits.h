@@ -5,6 +5,8 @@
 //   kScaleRules  has one scale per vector and the choice of its rule (stored, norm, mse, unbiased)
 //   kScaleBlock  dims that share one fp16 scale (the last block may be shorter); 0 means the whole head vector
 //   kSignedScales  scales may be negative (the accumulation then negates level bytes per token)
+//   kElements    codes are e4m3 floats, laid out as the elements of `exact`
+//   kAsymmetric  a value is zero + step * code, steps and zeros per channel (keys) or per block (values)
 //   kTrellis     codes are the bits of a trellis path; levels come from kTable (codecs/trellis.h)
 //   kLevels      2^kBits int8 levels, ascending: the format's codebook (empty where level = code - 2^(kBits - 1))
 //   Reads        (optional) the codec that score and accumulate do not tell from this one: kernels are made once for
@@ -25,6 +27,7 @@ struct LevelTable {
 struct CodecDefaults {
   static constexpr int32_t kScaleBlock = 0;
   static constexpr bool kRotated = false, kScaleRules = false, kSignedScales = false, kTrellis = false;
+  static constexpr bool kElements = false, kAsymmetric = false;
   static constexpr double kUnit = 0.0;
   static constexpr LevelTable kLevels{};
 };

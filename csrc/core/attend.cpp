@@ -124,7 +124,7 @@ struct Block {
       load_row(p.query.data + batch * p.query.batch + query_head(r) * p.query.head + query_token(r) * p.query.token,
                p.dtype, d, row);
       for (int32_t i = 0; i < d; ++i) row[i] *= p.scale * kLog2e;
-      if (plan.key.bits == 0 || p.tiles == 0) continue;
+      if (plan.key.bits == 0 || plan.key.elements || plan.key.asymmetric || p.tiles == 0) continue;
       alignas(64) float rotated[kMaxHeadDim];
       const float* from = row;
       if (plan.key.rotated) {

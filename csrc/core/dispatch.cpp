@@ -21,15 +21,19 @@ namespace {
 
 std::vector<const KernelTable*> detect() {
   std::vector<const KernelTable*> tables{&kTable_scalar};
-#ifdef KVPACK_LEVEL_avx2
+#ifdef __x86_64__
   __builtin_cpu_init();
+#ifdef KVPACK_LEVEL_avx2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kTable_avx2);
+#endif
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
 #ifdef KVPACK_LEVEL_avx512_vnni
     tables.push_back(&kTable_avx512_vnni);
 #endif
+#ifdef KVPACK_LEVEL_avx512_vbmi
     if (__builtin_cpu_supports("avx512vbmi")) tables.push_back(&kTable_avx512_vbmi);
+#endif
   }
 #endif
 #ifdef KVPACK_LEVEL_neon

@@ -11,9 +11,18 @@ namespace kvpack {
 namespace {
 
 constexpr std::array<CodecInfo, kCodecs> kInfo{{
-#define KVPACK_CODEC(id, name, Traits, what, source)                                                         \
-  {id,   #name, Traits::kBits, Traits::kRotated, Traits::kScaleRules, Traits::kTrellis, Traits::kScaleBlock, \
-   what, source},
+#define KVPACK_CODEC(id, name, Traits, what, source) \
+  {id,                                               \
+   #name,                                            \
+   Traits::kBits,                                    \
+   Traits::kRotated,                                 \
+   Traits::kScaleRules,                              \
+   Traits::kTrellis,                                 \
+   Traits::kElements,                                \
+   Traits::kAsymmetric,                              \
+   Traits::kScaleBlock,                              \
+   what,                                             \
+   source},
 #include "codecs/codecs.def"
 #undef KVPACK_CODEC
 }};

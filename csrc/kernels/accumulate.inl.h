@@ -40,8 +40,7 @@ float quantize_probs(const float* probs, const uint16_t* scales, int dither, int
   F x[kVectors];
   F top = S::set1(1e-30F);
   for (int v = 0; v < kVectors; ++v) {
-    const F scale = S::template load_element<Dtype::f16>(reinterpret_cast<const uint8_t*>(scales + v * S::kLanes));
-    x[v] = S::mul(S::load(probs + v * S::kLanes), S::abs(scale));
+    x[v] = S::mul(S::load(probs + v * S::kLanes), S::abs(load_scales<S>(scales + v * S::kLanes)));
     top = S::max(top, x[v]);
   }
   const float max = S::reduce_max(top);
@@ -66,6 +65,17 @@ float quantize_probs(const float* probs, const uint16_t* scales, int dither, int
   return max / kSteps;
 }
 
+// Probabilities times the middles, zero + step * kMiddle, of 64 tokens.
+template <class S, class Codec>
+float middle_of(const float* probs, const uint16_t* steps, const uint16_t* zeros) {
+  auto sum = S::zero();
+  for (int t = 0; t < kvpack::kTile; t += S::kLanes) {
+    const auto middle = S::fma(load_scales<S>(steps + t), S::set1(Codec::kMiddle), load_scales<S>(zeros + t));
+    sum = S::fma(S::load(probs + t), middle, sum);
+  }
+  return S::reduce_add(sum);
+}
+
 template <class S, class Codec, int G, bool High>
 void accumulate_planes(const kvpack::AccumulateArgs& a) {
   using namespace kvpack;
@@ -81,7 +91,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   alignas(64) int32_t operand[kPlanes][G][kOperands];
   [[maybe_unused]] int32_t negative[kTile / 4];
-  float worth[G] = {};
+  float worth[G] = {}, bias[G] = {};  // bias: what the middles of an asymmetric block add to its dims
   int ready = -1;
   // `Step` vectors of a superblock, from v0 on.
   const auto step = [&]<int Step>(std::integral_constant<int, Step>, int sb, int v0) __attribute__((always_inline)) {
@@ -92,6 +102,12 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
       for (int g = 0; g < G; ++g)
         worth[g] = quantize_probs<S, High>(a.probs + g * kTile, a.tile.scales + block * kTile, a.dither, operand[0][g],
                                            operand[kPlanes - 1][g]);
+      if constexpr (Codec::kAsymmetric)
+        for (int g = 0; g < G; ++g) {
+          bias[g] = middle_of<S, Codec>(a.probs + g * kTile, a.tile.scales + block * kTile,
+                                        a.tile.scales + (blocks + block) * kTile);
+          worth[g] *= 0.5F;
+        }
       ready = block;
     }
     I acc[kPlanes][G][Step];
@@ -128,7 +144,9 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
         typename S::F sum = S::to_float(acc[0][g][v]);
         if constexpr (High)
           sum = S::fma(sum, S::set1(static_cast<float>(S::kProbMax + 1)), S::to_float(acc[kPlanes - 1][g][v]));
-        S::store(out, S::fma(sum, S::set1(worth[g]), S::load(out)));
+        typename S::F before = S::load(out);
+        if constexpr (Codec::kAsymmetric) before = S::add(before, S::set1(bias[g]));
+        S::store(out, S::fma(sum, S::set1(worth[g]), before));
       }
   };
   for (int sb = 0; sb < grid.superblocks(); ++sb) {

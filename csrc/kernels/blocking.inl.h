@@ -1,6 +1,9 @@
-// Register blocking shared by the kernels that keep accumulators of a group of rows.
+// What the kernels of the read path share: register blocking of those that keep accumulators of a group of rows, and
+// the loading of fp16 scales.
 #pragma once
 #include <utility>
+
+#include "kvpack/types.h"
 
 namespace {
 
@@ -19,6 +22,11 @@ template <class S>
 constexpr int vectors_in_flight(int group) {
   const int fit = S::kAccumulators / group;
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+template <class S>
+[[gnu::always_inline]] inline typename S::F load_scales(const uint16_t* scales) {
+  return S::template load_element<kvpack::Dtype::f16>(reinterpret_cast<const uint8_t*>(scales));
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Decoders: packed lines to head vectors, in the original domain. Not on the fused read path, which never leaves the
 // packed domain; serves eager attention, snapshots, tests.
 #pragma once
+#include "kernels/asymmetric.inl.h"
+#include "kernels/elements.inl.h"
 #include "kernels/fwht.inl.h"
 #include "kernels/pack.inl.h"
 #include "simd/half.h"
@@ -34,8 +36,9 @@ void codes_to_levels(uint8_t* codes, int head_dim, kvpack::Side side) {
   }
 }
 
+// Levels times scales, plus the mean.
 template <class S, class Codec>
-void decode(const kvpack::DecodeArgs& a) {
+void decode_levels(const kvpack::DecodeArgs& a) {
   using kvpack::kTile;
   unpack_codes<static_cast<int>(2 * Codec::kBits), Codec::kTrellis>(a.tile.codes, a.head_dim, a.side, a.scratch);
   codes_to_levels<Codec>(a.scratch, a.head_dim, a.side);
@@ -53,6 +56,16 @@ void decode(const kvpack::DecodeArgs& a) {
       for (int i = 0; i < a.head_dim; ++i) a.x[t * a.head_dim + i] += step * static_cast<float>(a.tile.mean[i]);
   }
   if constexpr (Codec::kRotated) rotate<S>(a.x, kTile, a.head_dim, a.signs, true);
+}
+
+template <class S, class Codec>
+void decode(const kvpack::DecodeArgs& a) {
+  if constexpr (Codec::kElements)
+    decode_elements(a);
+  else if constexpr (Codec::kAsymmetric)
+    decode_asymmetric<Codec>(a);
+  else
+    decode_levels<S, Codec>(a);
 }
 
 }  // namespace

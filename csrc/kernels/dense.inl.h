@@ -5,6 +5,7 @@
 #pragma once
 #include "kernels/blocking.inl.h"
 #include "kernels/table.h"
+#include "simd/half.h"
 
 namespace {
 
@@ -72,6 +73,19 @@ void dense_accumulate_group(const kvpack::DenseArgs& a) {
     constexpr int kFewer = 16 / S::kLanes;
     if (a.head_dim % kDims != 0) dense_accumulate_dims<S, T, G, kFewer>(a, a.head_dim / kDims * kDims);
   }
+}
+
+// Values of an e4m3 tile: the token scales go into the probabilities.
+template <class S, int G>
+void accumulate_e4m3(const kvpack::AccumulateArgs& a) {
+  using namespace kvpack;
+  alignas(64) float probs[G * kTile];
+  for (int t = 0; t < kTile; t += S::kLanes) {
+    const auto scale = S::mul(load_scales<S>(a.tile.scales + t), S::set1(kE4m3Unit));
+    for (int g = 0; g < G; ++g) S::store(probs + g * kTile + t, S::mul(S::load(a.probs + g * kTile + t), scale));
+  }
+  dense_accumulate_group<S, Dtype::e4m3, G>(
+      {a.tile.codes, a.head_dim, nullptr, probs, a.ahead, a.out, a.out_stride, a.head_dim, kTile, G});
 }
 
 template <class S, kvpack::Dtype T>

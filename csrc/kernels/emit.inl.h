@@ -11,18 +11,24 @@
 
 namespace {
 
+template <class S, class Codec, int G>
+constexpr void emit_group(kvpack::KernelTable& t, int id) {
+  if constexpr (Codec::kElements) {
+    t.score[id][G - 1] = exact_score<S, kvpack::Dtype::e4m3, G>;
+    t.accumulate[id][G - 1] = accumulate_e4m3<S, G>;
+  } else {
+    t.score[id][G - 1] = score<S, typename kvpack::ReadAs<Codec>::type, G>;
+    t.accumulate[id][G - 1] = accumulate<S, typename kvpack::ReadAs<Codec>::type, G>;
+  }
+}
+
 template <class S, class Codec>
 constexpr void emit_codec(kvpack::KernelTable& t, int id) {
   if constexpr (Codec::kBits != 0) {
-    using Read = typename kvpack::ReadAs<Codec>::type;
-    t.score[id][0] = score<S, Read, 1>;
-    t.score[id][1] = score<S, Read, 2>;
-    t.score[id][2] = score<S, Read, 3>;
-    t.score[id][3] = score<S, Read, 4>;
-    t.accumulate[id][0] = accumulate<S, Read, 1>;
-    t.accumulate[id][1] = accumulate<S, Read, 2>;
-    t.accumulate[id][2] = accumulate<S, Read, 3>;
-    t.accumulate[id][3] = accumulate<S, Read, 4>;
+    emit_group<S, Codec, 1>(t, id);
+    emit_group<S, Codec, 2>(t, id);
+    emit_group<S, Codec, 3>(t, id);
+    emit_group<S, Codec, 4>(t, id);
     t.encode[id] = encode<S, Codec>;
     t.decode[id] = decode<S, Codec>;
   }

@@ -1,7 +1,9 @@
 // Encoders: head vectors of one side of a tile to codes and fp16 scales, then packed lines. The steps are those of
 // docs/format.md section 5 and of reference/; encode_steps.inl.h says why their order is fixed.
 #pragma once
+#include "kernels/asymmetric.inl.h"
 #include "kernels/decode.inl.h"
+#include "kernels/elements.inl.h"
 #include "kernels/encode_steps.inl.h"
 #include "kernels/pack.inl.h"
 #include "kernels/viterbi.inl.h"
@@ -310,7 +312,11 @@ template <class S, class Codec>
 int32_t encode(const kvpack::EncodeArgs& a) {
   using kvpack::kTile;
   int32_t status = 0;
-  if constexpr (Codec::kRotated) {
+  if constexpr (Codec::kElements) {
+    return encode_elements<S>(a);
+  } else if constexpr (Codec::kAsymmetric) {
+    status = encode_asymmetric<S, Codec>(a);
+  } else if constexpr (Codec::kRotated) {
     Rotated vectors[kTile];
     status = for_head_dim(a.head_dim, [&]<int D>() { return to_rotated<S, D>(a, vectors); });
     if (status != 0) return status;

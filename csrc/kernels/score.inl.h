@@ -12,35 +12,62 @@
 
 namespace {
 
-// Query row -> two levels of int8 per scale block: q ~ scale0 * level0 + scale1 * level1, scale1 = scale0 / 254.
+// Scale block `sb` of a query row, from dim `at` on -> levels of int8: q ~ scale0 * level0 + scale1 * level1, scale1 =
+// scale0 / 254.
 template <class S>
-void quantize_query(const kvpack::QuantizeQueryArgs& a) {
+void quantize_query_block(const float* q, int dims, int levels, int sb, int at, kvpack::QueryRow& row) {
   using namespace kvpack;
   using F = typename S::F;
-  const int block = a.scale_block == 0 ? a.head_dim : a.scale_block;
   alignas(64) uint8_t level[2][kMaxHeadDim];
+  F top = S::zero();
+  for (int i = 0; i < dims; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
+  const float max = S::reduce_max(top), step = max / 127.0F;
+  const F inv = S::set1(max > 0.0F ? 127.0F / max : 0.0F);
+  F sum[2] = {S::zero(), S::zero()};
+  for (int i = 0; i < dims; i += S::kLanes) {
+    const F v = S::mul(S::load(q + i), inv), first = S::round_even(v);
+    S::store_low_bytes(level[0] + i, first);
+    sum[0] = S::add(sum[0], first);
+    if (levels == 1) continue;
+    const F second = S::round_even(S::mul(S::sub(v, first), S::set1(254.0F)));
+    S::store_low_bytes(level[1] + i, second);
+    sum[1] = S::add(sum[1], second);
+  }
+  for (int n = 0; n < levels; ++n) {
+    for (int i = 0; i < dims; i += 4)
+      S::template pack_operand<Side::key>(level[n] + i, row.operand[n] + (at + i) / 4 * S::kOperandDwords);
+    row.scale[n][sb] = n == 0 ? step : step / 254.0F;
+    row.offset[n][sb] = -S::kKeyOffset * static_cast<int>(S::reduce_add(sum[n]));
+  }
+}
+
+template <class S>
+void quantize_query(const kvpack::QuantizeQueryArgs& a) {
+  const int block = a.scale_block == 0 ? a.head_dim : a.scale_block;
   for (int sb = 0; sb * block < a.head_dim; ++sb) {
-    const float* q = a.query + sb * block;
-    const int dims = a.head_dim - sb * block < block ? a.head_dim - sb * block : block;  // the last block may be short
-    F top = S::zero();
-    for (int i = 0; i < dims; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
-    const float max = S::reduce_max(top), step = max / 127.0F;
-    const F inv = S::set1(max > 0.0F ? 127.0F / max : 0.0F);
-    F sum[2] = {S::zero(), S::zero()};
-    for (int i = 0; i < dims; i += S::kLanes) {
-      const F v = S::mul(S::load(q + i), inv), first = S::round_even(v);
-      const F second = S::round_even(S::mul(S::sub(v, first), S::set1(254.0F)));
-      S::store_low_bytes(level[0] + i, first);
-      S::store_low_bytes(level[1] + i, second);
-      sum[0] = S::add(sum[0], first);
-      sum[1] = S::add(sum[1], second);
+    const int left = a.head_dim - sb * block;
+    quantize_query_block<S>(a.query + sb * block, left < block ? left : block, 2, sb, sb * block, *a.row);
+  }
+}
+
+// The query row of each group of 32 asymmetric keys: q times half the steps of the channels. Returns in `bias` what the
+// middles of the channels add to every score of the group.
+template <class S, class Codec>
+void quantize_asymmetric_query(const kvpack::ScoreArgs& a, const float* query, kvpack::QueryRow* rows, float* bias) {
+  using namespace kvpack;
+  using F = typename S::F;
+  alignas(64) float scaled[kMaxHeadDim];
+  for (int n = 0; n < kKeyGroups; ++n) {
+    const uint16_t* steps = a.tile.scales + n * a.head_dim;
+    const uint16_t* zeros = steps + kKeyGroups * a.head_dim;
+    F sum = S::zero();
+    for (int i = 0; i < a.head_dim; i += S::kLanes) {
+      const F q = S::load(query + i), step = load_scales<S>(steps + i);
+      S::store(scaled + i, S::mul(S::mul(q, step), S::set1(0.5F)));
+      sum = S::fma(q, S::fma(step, S::set1(Codec::kMiddle), load_scales<S>(zeros + i)), sum);
     }
-    for (int n = 0; n < 2; ++n) {
-      for (int i = 0; i < dims; i += 4)
-        S::template pack_operand<Side::key>(level[n] + i, a.row->operand[n] + (sb * block + i) / 4 * S::kOperandDwords);
-      a.row->scale[n][sb] = n == 0 ? step : step / 254.0F;
-      a.row->offset[n][sb] = -S::kKeyOffset * static_cast<int>(S::reduce_add(sum[n]));
-    }
+    bias[n] = S::reduce_add(sum);
+    quantize_query_block<S>(scaled, a.head_dim, a.levels, 0, 0, rows[n]);
   }
 }
 
@@ -48,22 +75,34 @@ template <class S, class Codec, int G>
 void score(const kvpack::ScoreArgs& a) {
   using namespace kvpack;
   using I = typename S::I;
-  constexpr int kInFlight = vectors_in_flight<S>(G), kPerBlock = 16 / S::kLanes, kVectors = 4 * kPerBlock;
+  constexpr int kPerBlock = 16 / S::kLanes, kVectors = 4 * kPerBlock, kFit = vectors_in_flight<S>(G);
+  // Vectors in flight share a query row: that of their group, where keys are asymmetric.
+  constexpr int kPerRow = Codec::kAsymmetric ? kVectors / kKeyGroups : kVectors;
+  constexpr int kInFlight = kFit < kPerRow ? kFit : kPerRow;
   using U = Unpacker<S, Codec, Side::key>;
   const U unpack;
   constexpr int kDwords = U::kDwords, kLines = U::kLines;
   constexpr int kSharers = unit_sharers(Codec::kBits);
-  const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
+  const int blocks = Codec::kAsymmetric ? 1 : scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
+  [[maybe_unused]] QueryRow own[Codec::kAsymmetric ? G : 1][kKeyGroups];
+  [[maybe_unused]] float bias[G][kKeyGroups];
+  if constexpr (Codec::kAsymmetric)
+    for (int g = 0; g < G; ++g) quantize_asymmetric_query<S, Codec>(a, a.query + g * a.head_dim, own[g], bias[g]);
   const CodeGrid grid{Codec::kBits, kTile, a.head_dim};
   const int parts = grid.parts();
   const int units = blocks == 1 ? grid.units() : Codec::kScaleBlock / (4 * kDwords);  // of a scale block
   const uint8_t* ahead = a.ahead;
   for (int level = 0; level < a.levels; ++level) {
     for (int v0 = 0; v0 < kVectors; v0 += kInFlight) {
+      [[maybe_unused]] const int key_group = v0 / kPerRow;
+      const auto row = [&](int g) __attribute__((always_inline))->const QueryRow& {
+        if constexpr (Codec::kAsymmetric) return own[g][key_group];
+        return a.rows[g];
+      };
       for (int sb = 0; sb < blocks; ++sb) {
         I acc[G][kInFlight];
         for (int g = 0; g < G; ++g)
-          for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(a.rows[g].offset[level][sb]);
+          for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(row(g).offset[level][sb]);
         const auto lane = [&](int u, int v) {
           const int at = v0 + v;
           return a.tile.codes + (static_cast<size_t>(u) * 4 + static_cast<size_t>(at / kPerBlock)) * kLines * kLine +
@@ -81,7 +120,7 @@ void score(const kvpack::ScoreArgs& a) {
           const typename S::Code code = S::expand(levels);
           const int operand = dword * S::kOperandDwords;
           unrolled<G>([&](int g) __attribute__((always_inline)) {
-            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, a.rows[g].operand[level] + operand);
+            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, row(g).operand[level] + operand);
           });
         };
         const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();
@@ -113,12 +152,17 @@ void score(const kvpack::ScoreArgs& a) {
             });
         for (int v = 0; v < kInFlight; ++v) {
           const int token = (v0 + v) * S::kLanes;
-          const auto scale = S::template load_element<Dtype::f16>(
-              reinterpret_cast<const uint8_t*>(a.tile.scales + sb * kTile + token));
+          [[maybe_unused]] auto scale = S::zero();
+          if constexpr (!Codec::kAsymmetric) scale = load_scales<S>(a.tile.scales + sb * kTile + token);
           for (int g = 0; g < G; ++g) {
             float* out = a.scores + g * kTile + token;
-            const auto part = S::mul(S::mul(S::to_float(acc[g][v]), scale), S::set1(a.rows[g].scale[level][sb]));
-            S::store(out, level == 0 && sb == 0 ? part : S::add(S::load(out), part));
+            const auto sum = S::to_float(acc[g][v]), unit = S::set1(row(g).scale[level][sb]);
+            if constexpr (Codec::kAsymmetric) {
+              S::store(out, S::fma(sum, unit, level == 0 ? S::set1(bias[g][key_group]) : S::load(out)));
+            } else {
+              const auto part = S::mul(S::mul(sum, scale), unit);
+              S::store(out, level == 0 && sb == 0 ? part : S::add(S::load(out), part));
+            }
           }
         }
       }
@@ -126,7 +170,8 @@ void score(const kvpack::ScoreArgs& a) {
   }
 }
 
-// Exact keys, dim major: every element vector (16 tokens of one dim) meets the broadcast query element of each row.
+// Keys that are elements, dim major: every element vector (16 tokens of one dim) meets the broadcast query element of
+// each row. Those of e4m3 have token scales.
 template <class S, kvpack::Dtype T, int G>
 void exact_score(const kvpack::ScoreArgs& a) {
   using namespace kvpack;
@@ -148,8 +193,13 @@ void exact_score(const kvpack::ScoreArgs& a) {
         unrolled<kInFlight>([&](int v) __attribute__((always_inline)) { acc[g][v] = S::fma(key[v], q, acc[g][v]); });
       });
     }
-    for (int g = 0; g < G; ++g)
-      for (int v = 0; v < kInFlight; ++v) S::store(a.scores + g * kTile + (v0 + v) * S::kLanes, acc[g][v]);
+    for (int v = 0; v < kInFlight; ++v) {
+      const int token = (v0 + v) * S::kLanes;
+      F scale = S::set1(1.0F);
+      if constexpr (T == Dtype::e4m3) scale = S::mul(load_scales<S>(a.tile.scales + token), S::set1(kE4m3Unit));
+      for (int g = 0; g < G; ++g)
+        S::store(a.scores + g * kTile + token, T == Dtype::e4m3 ? S::mul(acc[g][v], scale) : acc[g][v]);
+    }
   }
 }
 

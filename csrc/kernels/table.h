@@ -29,7 +29,7 @@ struct QuantizeQueryArgs {
 
 struct ScoreArgs {
   const QueryRow* rows;  // [group], coded keys
-  const float* query;    // [group][head_dim], exact keys
+  const float* query;    // [group][head_dim], keys that are elements or asymmetric
   ConstTileSide tile;
   const uint8_t* ahead;  // same section of a tile to come, prefetched line by line
   float* scores;         // [group][kTile], log2 units

@@ -12,7 +12,8 @@ struct CodecInfo {
   std::string_view name;
   double bits;  // per value, scales not counted; 0: the bits of the element
   bool rotated, scale_rules, trellis;
-  int32_t scale_block;  // dims per scale, 0: the whole vector
+  bool elements, asymmetric;  // codes laid out as those of `exact`; scales are steps and zeros
+  int32_t scale_block;        // dims per scale, 0: the whole vector
   std::string_view what, source;
 };
 

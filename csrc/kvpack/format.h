@@ -4,7 +4,7 @@
 //
 //   | K scales | V scales | K codes | V codes |      every section a multiple of 64 bytes
 //
-//   scales   fp16 [scale block][token]: one row of 64 per scale block (none for `exact`)
+//   scales   fp16 [scale block][token]: one row of 64 per scale block (none for `exact`; KIVI's: codecs/kivi.h)
 //   codes    lines of 64 bytes = 16 lanes x 4 depths
 //
 // Codes have a lane axis and a depth axis. Keys: lane = token, depth = dim. Values: lane = dim, depth = token. So a
@@ -32,7 +32,7 @@
 //   shared unit n       dword:   0   1   2   3        4   5   6   7          of 2, or up to dword 15 of 4
 //                       lanes:   those of block 2n    those of block 2n + 1
 //
-// `exact` stores elements: keys [dim][64 tokens], values [64 tokens][dim].
+// `exact` stores elements, and `fp8` its codes likewise: keys [dim][64 tokens], values [64 tokens][dim].
 //
 // Page: [KV head] | record of slot 0 | 1 | 2 | 3 | means |
 //

@@ -6,7 +6,7 @@
 namespace kvpack {
 
 enum class Side : int32_t { key = 0, value = 1 };
-enum class Dtype : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Dtype : int32_t { f32 = 0, f16 = 1, bf16 = 2, e4m3 = 3 };  // e4m3: inside fp8 tiles only
 enum class Rule : int32_t { stored = 0, norm = 1, mse = 2, unbiased = 3 };
 enum class Center : int32_t { none = 0, mean = 1, tile = 2 };
 enum class Precision : int32_t { standard = 0, high = 1 };
@@ -19,7 +19,7 @@ constexpr int32_t kMaxHeadDim = 256;
 constexpr int32_t kHeadDims[] = {64, 80, 96, 112, 128, 160, 192, 256};
 constexpr int32_t kMaxScaleBlocks = kMaxHeadDim / 32;
 
-constexpr int32_t dtype_bytes(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
+constexpr int32_t dtype_bytes(Dtype t) { return t == Dtype::f32 ? 4 : t == Dtype::e4m3 ? 1 : 2; }
 
 // A codec with its options in one integer: id | rule << 8 | dtype << 16 | center << 24 | search << 28. The dtype
 // matters to `exact` only, whose tiles hold the model's own elements; search to encoders only.

@@ -204,6 +204,10 @@ struct Avx2 {
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {
     if constexpr (T == kvpack::Dtype::f32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
+    if constexpr (T == kvpack::Dtype::e4m3) {  // bit 7 is the sign, and stays above the exponent
+      const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+      return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<short>(0xbf80))));
+    }
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (T == kvpack::Dtype::f16) return _mm256_cvtph_ps(h);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));

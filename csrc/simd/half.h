@@ -1,5 +1,5 @@
-// fp16 and bf16 in integer arithmetic: the same bits on every level, whatever the floating-point control register says.
-// Everything is in an anonymous namespace because ISA units include it under their own flags.
+// fp16, bf16 and e4m3 in integer arithmetic: the same bits on every level, whatever the floating-point control register
+// says. Everything is in an anonymous namespace because ISA units include it under their own flags.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -48,6 +48,20 @@ namespace {
 }
 
 [[maybe_unused]] inline float bfloat_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
+
+// float32 to e4m3, round to nearest even, larger magnitudes to 448; the sign stays. Wants the IEEE mode.
+[[maybe_unused]] inline uint8_t float_to_e4m3(float v) {
+  const uint32_t b = float_bits(v), mag = b & 0x7fffffffU, size = mag < 0x43e00000U ? mag : 0x43e00000U;
+  const uint32_t normal = ((size + 0x7ffffU + (size >> 20 & 1U)) >> 20) - 960U;
+  const uint32_t subnormal = float_bits(bits_float(size) + 16384.0F) & 0xffU;  // in steps of 2^-9
+  return static_cast<uint8_t>((b >> 24 & 0x80U) | (size < 0x3c800000U ? subnormal : normal));
+}
+
+// The fields of e4m3 moved into those of fp16: the value times 2^-8, of which 256 is the unit.
+constexpr float kE4m3Unit = 256.0F;
+[[maybe_unused]] inline uint16_t e4m3_to_half(uint8_t code) {
+  return static_cast<uint16_t>((code & 0x80U) << 8 | (code & 0x7fU) << 7);
+}
 
 // float32 to bf16, round to nearest even; NaN stays NaN.
 [[maybe_unused]] inline uint16_t float_to_bfloat(float v) {

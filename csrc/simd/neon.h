@@ -191,6 +191,13 @@ struct Neon {
   template <kvpack::Dtype T>
   static F load_element(const uint8_t* p) {
     if constexpr (T == kvpack::Dtype::f32) return vld1q_f32(reinterpret_cast<const float*>(p));
+    if constexpr (T == kvpack::Dtype::e4m3) {  // bit 7 is the sign, and stays above the exponent
+      uint32_t four;
+      __builtin_memcpy(&four, p, sizeof four);
+      const int16x4_t wide = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))));
+      const uint16x4_t fields = vand_u16(vreinterpret_u16_s16(vshl_n_s16(wide, 7)), vdup_n_u16(0xbf80));
+      return vcvt_f32_f16(vreinterpret_f16_u16(fields));
+    }
     const uint16x4_t h = vld1_u16(reinterpret_cast<const uint16_t*>(p));
     if constexpr (T == kvpack::Dtype::f16) return vcvt_f32_f16(vreinterpret_f16_u16(h));
     return vreinterpretq_f32_u32(vshll_n_u16(h, 16));

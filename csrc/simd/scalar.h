@@ -22,7 +22,7 @@
 //   reduce_16             the sum of 16 lanes in the format's order
 //   add_where_greater     acc + (a > b ? inc : 0)
 //   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
-//   load_element<dtype>   kLanes elements as floats
+//   load_element<dtype>   kLanes elements as floats; e4m3: in units of kE4m3Unit, subnormals whatever the mode
 //   store_int16           floats below 2^31, rounded half to even, cut off at the range of int16
 //
 // and in W16, for the search of the trellis codecs, kLanes 16-bit integers in a vector V:
@@ -231,6 +231,8 @@ struct Scalar {
       float v;
       std::memcpy(&v, p, 4);
       return v;
+    } else if constexpr (T == kvpack::Dtype::e4m3) {
+      return half_to_float(e4m3_to_half(*p));
     } else {
       uint16_t bits;
       std::memcpy(&bits, p, 2);

@@ -47,6 +47,8 @@ class CodecInfo:
     rotated: bool
     scale_rules: bool
     trellis: bool
+    elements: bool
+    asymmetric: bool
     scale_block: int
     what: str
     source: str

@@ -134,8 +134,8 @@ inline std::vector<int64_t> codes_with_options(bool all) {
 }
 
 // Whether a test that loops over codec codes and head sizes leaves this one out. Unless everything is wanted, codecs as
-// they are by default take all head sizes, and options one or two, in turn; fewer where a check takes long: the search of
-// a trellis, sanitizers, an emulator.
+// they are by default take all head sizes, and options one or two, in turn; fewer where a check takes long: the search
+// of a trellis, sanitizers, an emulator.
 inline bool skip(int64_t code, int32_t d) {
   if (check::full()) return false;
   const bool plain = code == default_code(info_of(code)), trellis = info_of(code).trellis;

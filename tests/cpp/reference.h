@@ -78,6 +78,12 @@ inline double element(const uint8_t* at, Dtype dtype) {
   return std::bit_cast<float>(dtype == Dtype::bf16 ? bits << 16 : bits);
 }
 
+inline double e4m3(uint8_t code) {
+  const int exponent = code >> 3 & 15, fraction = code & 7;
+  const double magnitude = std::ldexp(exponent == 0 ? fraction : 8 + fraction, std::max(exponent, 1) - 10);
+  return (code & 0x80) != 0 ? -magnitude : magnitude;
+}
+
 // Levels of codecs without a trellis.
 inline double level(const CodecInfo& info, int code) {
   static const std::map<std::string_view, std::vector<int>> positive{{"tq1", {100}},
@@ -179,9 +185,19 @@ inline Matrix decode(const ConstTileSide& tile, int64_t codec, int d, Side side)
   if (info.trellis) x = trellis(tile.codes, info.bits, side, d);
   for (int t = 0; t < kTile; ++t)
     for (int i = 0; i < d; ++i) {
+      const int at = side == Side::key ? i * kTile + t : t * d + i;
       if (info.bits == 0) {
-        const int at = side == Side::key ? i * kTile + t : t * d + i;
         x(t, i) = element(tile.codes + at * dtype_bytes(code.dtype), code.dtype);
+        continue;
+      }
+      if (info.elements) {
+        x(t, i) = e4m3(tile.codes[at]) * half(tile.scales[t]);
+        continue;
+      }
+      if (info.asymmetric) {  // steps, then as many zeros
+        const int step = side == Side::key ? t / 32 * d + i : i / 32 * kTile + t;
+        const int zero = step + (side == Side::key ? 2 * d : (d + 31) / 32 * kTile);
+        x(t, i) = half(tile.scales[zero]) + half(tile.scales[step]) * code_at(tile.codes, info.bits, side, d, t, i);
         continue;
       }
       if (!info.trellis) x(t, i) = level(info, code_at(tile.codes, info.bits, side, d, t, i));

@@ -108,8 +108,9 @@ TEST(sections_of_records) {
           const check::Context context("key ", key, " ", dk, " value ", value, " ", dv);
           const PageLayout layout{key, dk, value, dv, 3};
           const RecordLayout r = layout.record();
-          const auto scales = [](int64_t code, int64_t d) {
+          const auto scales = [](int64_t code, int64_t d, Side side) {
             const CodecInfo& info = inputs::info_of(code);
+            if (info.asymmetric) return static_cast<size_t>(side == Side::key ? 8 * d : (d + 31) / 32 * 256);
             return static_cast<size_t>(info.bits == 0 ? 0 : (info.scale_block == 0 ? 1 : (d + 31) / 32) * 128);
           };
           const auto sizes = [](int64_t code, int64_t d) {
@@ -118,8 +119,8 @@ TEST(sections_of_records) {
                                        (info.bits == 0 ? 8 * dtype_bytes(CodecCode::unpack(code).dtype) : info.bits));
           };
           CHECK_EQ(r.key_scales(), size_t{0});
-          CHECK_EQ(r.value_scales(), scales(key, dk));
-          CHECK_EQ(r.key_codes(), r.value_scales() + scales(value, dv));
+          CHECK_EQ(r.value_scales(), scales(key, dk, Side::key));
+          CHECK_EQ(r.key_codes(), r.value_scales() + scales(value, dv, Side::value));
           CHECK_EQ(r.value_codes(), r.key_codes() + sizes(key, dk));
           CHECK_EQ(r.bytes(), r.value_codes() + sizes(value, dv));
           CHECK_EQ(r.bytes() % kLine, size_t{0});

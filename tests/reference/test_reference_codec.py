@@ -91,7 +91,11 @@ def test_sizes() -> None:
     for name in names():
         for d in reference.HEAD_SIZES:
             assert all(size % 64 == 0 for size in sections(name, d))
-            assert side_bytes(name, d, "key") == side_bytes(name, d, "value") == sum(sections(name, d))
+            assert side_bytes(name, d, "key") == sum(sections(name, d))
+            if name[:4] != "kivi" or d % 32 == 0:
+                assert side_bytes(name, d, "key") == side_bytes(name, d, "value")
+    assert (sections("kivi2", 80), sections("kivi2", 80, "value")) == ((640, 1280), (768, 1280))
+    assert sections("fp8", 128) == (128, 8192)
     assert sections("q8_0", 80) == (384, 5120)
     assert sections("tq3", 112) == (128, 2688)
     with pytest.raises(ValueError, match="head size 72 is not supported"):
@@ -137,10 +141,12 @@ def test_any_number_of_tokens(name: str, side: str, tokens: int) -> None:
     else:
         codes, scales = quantize(x, name, side=side)
         assert (back == dequantize(codes, scales, name, side)[..., :tokens, :]).all()
-        assert ((back - x) ** 2).sum() <= {1: 0.42, 2: 0.13}.get(CODECS[name].bits, 0.05) * (x**2).sum()
+        allowed = 0.17 if name == "kivi2" else {1: 0.42, 2: 0.13}.get(CODECS[name].bits, 0.05)
+        assert ((back - x) ** 2).sum() <= allowed * (x**2).sum()
     whole = decode(packed, name, side, 64)
     assert whole.shape == (2, 3, 64 * tiles, 64)
-    assert (whole[..., tokens:, :] == 0).all()
+    per_channel = name[:4] == "kivi" and side == "key"  # zeros take the nearest level of their group of 32
+    assert (whole[..., -(-tokens // 32) * 32 if per_channel else tokens :, :] == 0).all()
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -289,6 +295,7 @@ def test_every_codec_is_registered_once() -> None:
     assert [codec.id for codec in CODECS.values()] == list(range(1, len(CODECS) + 1))
     for name, codec in CODECS.items():
         line = registry()[name]
-        assert (line.bits, line.rotated, line.scale_rules, line.trellis, line.scale_block) == (
-            codec.bits, codec.rotated, codec.scale_rules, codec.stream, codec.scale_block
+        assert (line.bits, line.rotated, line.scale_rules, line.trellis, line.elements, line.asymmetric) == (
+            codec.bits, codec.rotated, codec.scale_rules, codec.stream, codec.elements, codec.asymmetric
         )  # fmt: skip
+        assert line.scale_block == codec.scale_block

@@ -32,7 +32,7 @@ blocks share units: those of 8 dwords two by two, those of 16 all four of the su
 4i + 3 belong to the i-th of its lane blocks. Shared units follow the whole units of their superblock: first those of
 the first 4 dwords that are left, in the order of the lane blocks, then those of the next 4.
 
-`exact` keeps whole elements: keys [dim][token], values [token][dim], little endian.
+`exact` keeps whole elements: keys [dim][token], values [token][dim], little endian; `fp8` its codes likewise.
 """
 
 import math

@@ -5,8 +5,9 @@ codes and the same scales, bit for bit. No operation may be contracted (FMA), re
 zero. Decoders are specified in float64.
 
 A codec here is one entry of the table: a function from vectors to codes and float32 scales, and one from codes to
-integer levels; a value is scale * level, in the rotated domain plus the mean if there is one. The number of codes of
-a vector is its head size d; it has one scale for each block of `scale_block` values.
+levels; a value is scale * level, in the rotated domain plus the mean if there is one. The number of codes of
+a vector is its head size d; it has one scale for each block of `scale_block` values. Codecs that are different say so
+by methods of their own.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 
 from .blocks import block_levels, blocks_quantize, rotated_blocks_quantize
 from .codebooks import CODEBOOKS
-from .packing import pack_codes, unpack_codes
+from .fp8 import e4m3_value, fp8_quantize
+from .kivi import kivi_dequantize, kivi_quantize, kivi_rows, kivi_token
+from .packing import pack_codes, pack_elements, unpack_codes, unpack_elements
 from .rotated import SCALE_RULES, Mean, mean_of
 from .rotation import rotate
 from .tcq import tcq_levels, tcq_quantize
@@ -60,11 +63,13 @@ class Codec:
     id: int  # in codec codes
     bits: float  # of one code; of half-bit codes on average
     quantize: Callable[[F32, str, str, bool, Mean | None], tuple[Codes, F32]]  # x [n, 64, d], side, rule, search, mean
-    levels: Callable[[Codes, str], NDArray[np.int8]]  # codes [n, 64, d], side
+    levels: Callable[[Codes, str], NDArray[Any]]  # codes [n, 64, d], side
     rotated: bool = True
     scale_rules: bool = True
     scale_block: int = 0  # values that share one fp16 scale; 0: all of a vector
     stream: bool = False  # codes are the bits of a stream (packing of 3 bits)
+    elements: bool = False  # codes lie one after the other, as the elements of `exact`
+    asymmetric: bool = False  # scales are steps and zeros
 
     def scale_rows(self, d: int, side: str) -> int:
         """Rows of 64 fp16 scales of one side of a tile: one for each block of a vector, the last may be shorter."""
@@ -76,11 +81,21 @@ class Codec:
 
     def pack(self, codes: Codes, side: str) -> Codes:
         """Codes [..., 64, d] of tiles -> their bytes [..., code_bytes]."""
-        return pack_codes(codes, self.bits, side, self.stream)
+        return pack_elements(codes, side) if self.elements else pack_codes(codes, self.bits, side, self.stream)
 
     def unpack(self, packed: Codes, side: str, d: int) -> Codes:
         """The inverse of `pack`."""
+        if self.elements:
+            return unpack_elements(packed, side, d, np.dtype(np.uint8))
         return unpack_codes(packed, self.bits, side, d, self.stream)
+
+    def whole_tiles(self, side: str) -> bool:
+        """Whether a side of a tile is quantized as a whole: its tokens have no scales or codes of their own."""
+        return self.stream
+
+    def culprit(self, x: NDArray[Any], side: str, where: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The vector [..., token] of x [..., tokens, d] that made the scale [..., token, row]."""
+        return where[:-1]
 
     def dequantize(self, codes: Codes, scales: F16, side: str) -> F64:
         """Vectors of tiles [n, 64, d] in the codec's domain, without their mean; scales [n, 64, rows]."""
@@ -89,6 +104,23 @@ class Codec:
             wide = np.repeat(wide, self.scale_block, axis=-1)[..., : codes.shape[-1]]
         values: F64 = self.levels(codes, side) * wide
         return values
+
+
+@dataclass(frozen=True)
+class Kivi(Codec):
+    """A codec whose scales are steps and zeros, those of keys per channel."""
+
+    def scale_rows(self, d: int, side: str) -> int:
+        return kivi_rows(d, side)
+
+    def whole_tiles(self, side: str) -> bool:
+        return side == "key"
+
+    def culprit(self, x: NDArray[Any], side: str, where: NDArray[np.intp]) -> NDArray[np.intp]:
+        return kivi_token(x, where) if side == "key" else where[:-1]
+
+    def dequantize(self, codes: Codes, scales: F16, side: str) -> F64:
+        return kivi_dequantize(codes, scales, side)
 
 
 def _lloyd_max(id: int, name: str) -> Codec:
@@ -106,6 +138,15 @@ def _trellis(id: int, k: float) -> Codec:
     return Codec(id, k, partial(tcq_quantize, k=k), partial(tcq_levels, k=k), stream=True)
 
 
+def _kivi(id: int, bits: int) -> Codec:
+    there = partial(kivi_quantize, bits=bits)
+    return Kivi(id, bits, there, _same, False, scale_rules=False, scale_block=32, asymmetric=True)
+
+
+def _same(codes: Codes, side: str) -> Codes:
+    return codes
+
+
 CODECS: dict[str, Codec] = {
     "q8_0": _blocks(1, 8),
     "q4_0": _blocks(2, 4),
@@ -121,8 +162,11 @@ CODECS: dict[str, Codec] = {
     "tcq2": _trellis(12, 2),
     "tcq3": _trellis(13, 3),
     "tcq4": _trellis(14, 4),
-    "tcq2.5": _trellis(15, 2.5),
-    "tcq3.5": _trellis(16, 3.5),
+    "fp8": Codec(15, 8, fp8_quantize, e4m3_value, rotated=False, scale_rules=False, elements=True),
+    "kivi2": _kivi(16, 2),
+    "kivi4": _kivi(17, 4),
+    "tcq2.5": _trellis(18, 2.5),
+    "tcq3.5": _trellis(19, 3.5),
 }
 """Every codec that quantizes, by name."""
 
@@ -242,7 +286,7 @@ def quantize(
     mean: what it gave, None: what it gives for x. search: of the encode scale, for codecs with scale rules.
     Returns codes uint8 [..., tokens, d] and scales float16 [..., tokens, scales of a vector]; fp16 is rounded
     to nearest even with denormals, so tiny vectors get scale 0 and decode to zeros. Where a tile is quantized as a
-    whole (trellis codes of values, centring), a last tile is filled up with zeros, and `codes` has it whole.
+    whole (trellis codes, centring, keys of KIVI), a last tile is filled up with zeros, and both have it whole.
     ValueError for NaN, infinities and scales beyond fp16 (naming the token), other dtypes, sizes and options.
     """
     codec, rule = _lookup(name), scale_rule(name, scale)
@@ -255,15 +299,15 @@ def quantize(
     *lead, tokens, d = x.shape
     tiles = -(-tokens // 64)
     if x.size == 0:
-        blocks = codec.scale_rows(d, side)
-        return np.zeros((*lead, tokens, d), np.uint8), np.zeros((*lead, tokens, blocks), np.float16)
+        rows = codec.scale_rows(d, side)
+        return np.zeros((*lead, tokens, d), np.uint8), np.zeros((*lead, tokens, rows), np.float16)
     found = means(x, name, center, side) if mean is None else mean
     of_tiles = None if center == "none" else _of_tiles(found, tiles, center)
     codes, wide = codec.quantize(_tiles(x).astype(np.float32), side, rule, search, of_tiles)
     wide = wide.reshape(*lead, tiles * 64, -1)
-    scales = _fp16(wide, lambda where: f"{side} {_token(where[:-1])}: the scale of {name},")
+    scales = _fp16(wide, lambda where: f"{side} {_token(codec.culprit(x, side, where))}: the scale of {name},")
     codes = codes.reshape(*lead, tiles * 64, d)
-    whole = codec.stream or center != "none"
+    whole = codec.whole_tiles(side) or center != "none"
     return (codes, scales) if whole else (codes[..., :tokens, :], scales[..., :tokens, :])
 
 

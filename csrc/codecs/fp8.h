@@ -1,0 +1,13 @@
+// e4m3 codes (OCP, "e4m3fn") with one fp16 scale per vector, the largest value of which becomes 448. Its levels do not
+// fit int8, so it is read in floats, as `exact` is.
+#pragma once
+#include "codecs/traits.h"
+
+namespace kvpack {
+
+struct Fp8 : CodecDefaults {
+  static constexpr int32_t kBits = 8;
+  static constexpr bool kElements = true;
+};
+
+}  // namespace kvpack
