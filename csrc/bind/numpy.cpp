@@ -101,6 +101,7 @@ py::list registry() {
     d["elements"] = c.elements;
     d["asymmetric"] = c.asymmetric;
     d["scale_block"] = c.scale_block;
+    d["parts"] = c.parts;
     d["what"] = std::string(c.what);
     d["source"] = std::string(c.source);
     all.append(d);

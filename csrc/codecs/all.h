@@ -5,6 +5,7 @@
 #include "codecs/fp8.h"
 #include "codecs/kivi.h"
 #include "codecs/lloyd_max.h"
+#include "codecs/qjl.h"
 #include "codecs/residual.h"
 #include "codecs/tcq.h"
 

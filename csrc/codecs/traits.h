@@ -9,8 +9,11 @@
 //   kAsymmetric  a value is zero + step * code, steps and zeros per channel (keys) or per block (values)
 //   kTrellis     codes are the bits of a trellis path; levels come from kTable (codecs/trellis.h)
 //   kLevels      2^kBits int8 levels, ascending: the format's codebook (empty where level = code - 2^(kBits - 1))
-//   Reads        (optional) the codec that score and accumulate do not tell from this one: kernels are made once for
-//   both kUnit        level * kUnit approximates the quantized value of a unit-variance coordinate (scale rules)
+//   kUnit        level * kUnit approximates the quantized value of a unit-variance coordinate (scale rules)
+//   Reads        (optional) the codec that score and accumulate do not tell from this one: kernels made once for both
+//   First, Second  (optional) of a codec of two parts: the codecs whose kernels read them
+//   part_dims    (with them) the number of values of a part, by part and head size
+//   kProjected   the second part is signs of a projection of the residual (codecs/qjl.h)
 //
 // Everything is constexpr: the same structs serve host and device code.
 #pragma once
@@ -27,9 +30,14 @@ struct LevelTable {
 struct CodecDefaults {
   static constexpr int32_t kScaleBlock = 0;
   static constexpr bool kRotated = false, kScaleRules = false, kSignedScales = false, kTrellis = false;
-  static constexpr bool kElements = false, kAsymmetric = false;
+  static constexpr bool kElements = false, kAsymmetric = false, kProjected = false;
   static constexpr double kUnit = 0.0;
   static constexpr LevelTable kLevels{};
+};
+
+template <class Codec>
+concept TwoParts = requires {
+  typename Codec::Second;
 };
 
 template <class Codec>
@@ -54,10 +62,10 @@ constexpr int32_t scale_rows_of(Side side, int32_t head_dim) {
   if constexpr (requires { Codec::scale_rows(side, head_dim); })
     return Codec::scale_rows(side, head_dim);
   else
-    return scale_blocks(Codec::kScaleBlock, Codec::kBits, head_dim);
+    return TwoParts<Codec> ? 2 : scale_blocks(Codec::kScaleBlock, Codec::kBits, head_dim);
 }
 template <class Codec>
-constexpr size_t code_bytes_of(int32_t head_dim) {
+[[gnu::always_inline]] constexpr size_t code_bytes_of(int32_t head_dim) {
   if constexpr (requires { Codec::code_bytes(head_dim); })
     return Codec::code_bytes(head_dim);
   else

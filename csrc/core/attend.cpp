@@ -12,9 +12,9 @@
 #include <string>
 
 #include "core/attend_mask.h"
+#include "core/attend_plan.h"
 #include "core/fp_control.h"
-#include "kernels/table.h"
-#include "kvpack/attend.h"
+#include "core/transform.h"
 #include "kvpack/isa.h"
 #include "simd/half.h"
 
@@ -26,78 +26,6 @@ namespace {
 constexpr int64_t kAheadTiles = kPageTiles;
 
 constexpr float kLog2e = 1.44269504088896341F;
-constexpr size_t align_up(size_t n) { return (n + 63) & ~size_t{63}; }
-
-struct Plan {
-  const AttendParams& p;
-  RecordLayout record;
-  CodecInfo key, value;
-  int64_t group, rows, block_rows, row_blocks, chunks, chunk_tiles;
-  int64_t packed = 0;  // tokens in tiles
-  int32_t out_width;   // floats per row of output: coded part, then plain part where the value codec is rotated
-  bool key_mean, value_mean;
-  size_t query_bytes, rotated_bytes, level_bytes, state_bytes, out_bytes;
-
-  explicit Plan(const AttendParams& params)
-      : p(params),
-        record{layout_of(p.key_codec, p.key_dim, Side::key), layout_of(p.value_codec, p.value_dim, Side::value)},
-        key(codecs()[static_cast<size_t>(CodecCode::unpack(p.key_codec).id)]),
-        value(codecs()[static_cast<size_t>(CodecCode::unpack(p.value_codec).id)]) {
-    if (p.kv_heads <= 0 || p.query_heads % p.kv_heads != 0)
-      throw std::invalid_argument("attend: " + std::to_string(p.query_heads) + " query heads are not a multiple of " +
-                                  std::to_string(p.kv_heads) + " KV heads");
-    group = p.query_heads / p.kv_heads;
-    for (int64_t t = 0; t < p.tiles; ++t) packed += p.counts[t];
-    rows = group * p.query_tokens;
-    block_rows = rows < kRowBlock ? rows : kRowBlock;
-    row_blocks = block_rows == 0 ? 0 : (rows + block_rows - 1) / block_rows;
-    const bool split = p.batch * p.kv_heads * row_blocks < kEnoughItems && p.tiles > kChunkTiles;
-    chunks = split ? (p.tiles + kChunkTiles - 1) / kChunkTiles : 1;
-    chunk_tiles = split ? kChunkTiles : p.tiles;
-    out_width = static_cast<int32_t>(value.rotated ? 2 * p.value_dim : p.value_dim);
-    const auto n = static_cast<size_t>(block_rows), d = static_cast<size_t>(p.key_dim);
-    key_mean = record.key.center != Center::none;
-    value_mean = record.value.center != Center::none;
-    query_bytes = align_up(n * d * 4);
-    rotated_bytes = key_mean ? query_bytes : 0;
-    level_bytes = n * sizeof(QueryRow);
-    state_bytes = align_up(n * sizeof(SoftmaxRow));
-    out_bytes = align_up(n * static_cast<size_t>(out_width) * 4);
-  }
-  int64_t blocks() const { return p.batch * p.kv_heads * row_blocks; }
-  int64_t items() const { return blocks() * chunks; }
-  size_t block_bytes() const { return query_bytes + rotated_bytes + level_bytes; }
-  size_t item_bytes() const { return state_bytes + out_bytes; }
-  size_t bytes() const {
-    return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(items()) * item_bytes();
-  }
-};
-
-// The queries of one block of rows, shared by its items.
-struct Queries {
-  float* query;      // [rows][key_dim], times scale * log2(e)
-  float* rotated;    // the same in the rotated domain, where keys are centred
-  QueryRow* levels;  // [rows], rotated and quantized
-  Queries(const Plan& plan, uint8_t* workspace, int64_t block) {
-    uint8_t* at = workspace + static_cast<size_t>(block) * plan.block_bytes();
-    query = reinterpret_cast<float*>(at);
-    rotated = reinterpret_cast<float*>(at + plan.query_bytes);
-    levels = reinterpret_cast<QueryRow*>(at + plan.query_bytes + plan.rotated_bytes);
-  }
-};
-
-// What one item leaves behind.
-struct Part {
-  SoftmaxRow* state;
-  float* out;
-  Part(const Plan& plan, uint8_t* workspace, int64_t item) {
-    uint8_t* at = workspace + static_cast<size_t>(plan.blocks()) * plan.block_bytes() +
-                  static_cast<size_t>(item) * plan.item_bytes();
-    state = reinterpret_cast<SoftmaxRow*>(at);
-    out = reinterpret_cast<float*>(at + plan.state_bytes);
-  }
-};
-
 // A block of query rows of one (batch row, KV head).
 struct Block {
   const Plan& plan;
@@ -125,21 +53,19 @@ struct Block {
                p.dtype, d, row);
       for (int32_t i = 0; i < d; ++i) row[i] *= p.scale * kLog2e;
       if (plan.key.bits == 0 || plan.key.elements || plan.key.asymmetric || p.tiles == 0) continue;
-      alignas(64) float rotated[kMaxHeadDim];
-      const float* from = row;
-      if (plan.key.rotated) {
-        std::memcpy(rotated, row, static_cast<size_t>(d) * 4);
-        k.rotate(rotated, 1, d, rotation_signs(d), false);
-        if (plan.key_mean) std::memcpy(q.rotated + r * d, rotated, static_cast<size_t>(d) * 4);
-        from = rotated;
+      alignas(64) float parts[kMaxParts * kMaxHeadDim];
+      to_parts(k, plan.key, d, row, parts);
+      if (plan.key_mean) std::memcpy(q.rotated + r * d, parts, static_cast<size_t>(d) * 4);
+      for (int32_t n = 0; n < plan.record.key.parts; ++n) {
+        const CodePart& part = plan.record.key.part[n];
+        k.quantize_query({parts + part.first, part.dims, plan.key.scale_block, q.levels_of(n) + r});
       }
-      k.quantize_query({from, d, plan.key.scale_block, q.levels + r});
     }
   }
 };
 
 struct Item : Block {
-  Part s;
+  Partial s;
   int64_t chunk;
   CodecCode key_code, value_code;
   MaskRows mask;
@@ -158,6 +84,9 @@ struct Item : Block {
     return reinterpret_cast<const uint8_t*>(page) + static_cast<size_t>(head) * plan.record.head_bytes();
   }
   const uint8_t* tile(int64_t t) const { return part(t) + static_cast<size_t>(t % kPageTiles) * plan.record.bytes(); }
+  static ConstTileSide section_of(const ConstTileSide& side, const CodePart& part) {
+    return {side.codes + part.codes, side.scales + part.scales};
+  }
   // Means lie apart from the records, so that no kernel prefetches them on its way.
   void prefetch_mean(Side side, int64_t t, int32_t dim) const {
     const uint8_t* at = part(t) + plan.record.mean(side, t % kPageTiles);
@@ -209,12 +138,17 @@ struct Item : Block {
         const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
         // The first group of rows brings the tile from memory, the others find it in the cache.
         const uint8_t* ahead = row == 0 ? coming : record;
-        const ScoreArgs score{q.levels + row, q.query + row * dk, key, ahead + plan.record.key_codes(), scores, dk,
-                              levels};
+        const uint8_t* ahead_keys = ahead + plan.record.key_codes();
+        const uint8_t* ahead_values = ahead + plan.record.value_codes();
         if (plan.key.bits == 0)
-          k.exact_score[static_cast<int>(key_code.dtype)][group - 1](score);
+          k.exact_score[static_cast<int>(key_code.dtype)][group - 1](
+              {nullptr, q.query + row * dk, key, ahead_keys, scores, dk, levels, false});
         else
-          k.score[key_code.id][group - 1](score);
+          for (int32_t n = 0; n < plan.record.key.parts; ++n) {
+            const CodePart& part = plan.record.key.part[n];
+            k.score[part.reader][group - 1]({q.levels_of(n) + row, q.query + row * dk, section_of(key, part),
+                                             ahead_keys + part.codes, scores, part.dims, levels, n != 0});
+          }
         if (plan.key_mean) {
           MeanArgs centre = mean(Side::key, t, dk, group);
           centre.query = q.rotated + row * dk;
@@ -226,12 +160,15 @@ struct Item : Block {
         float* out = s.out + row * plan.out_width;
         if (plan.value.bits == 0) {
           const ptrdiff_t stride = static_cast<ptrdiff_t>(dv) * dtype_bytes(value_code.dtype);
-          k.dense_accumulate[static_cast<int>(value_code.dtype)]({value.codes, stride, nullptr, scores,
-                                                                  ahead + plan.record.value_codes(), out,
-                                                                  plan.out_width, dv, kTile, group});
+          k.dense_accumulate[static_cast<int>(value_code.dtype)](
+              {value.codes, stride, nullptr, scores, ahead_values, out, plan.out_width, dv, kTile, group});
         } else {
-          k.accumulate[value_code.id][group - 1]({scores, value, ahead + plan.record.value_codes(), out, plan.out_width,
-                                                  dv, levels, static_cast<int32_t>(t * 5 % kTile)});
+          for (int32_t n = 0; n < plan.record.value.parts; ++n) {
+            const CodePart& part = plan.record.value.part[n];
+            k.accumulate[part.reader][group - 1]({scores, section_of(value, part), ahead_values + part.codes,
+                                                  out + part.first, plan.out_width, part.dims, levels,
+                                                  static_cast<int32_t>(t * 5 % kTile)});
+          }
         }
         if (plan.value_mean) {
           MeanArgs centre = mean(Side::value, t, dv, group);
@@ -284,18 +221,18 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
   const AttendParams& p = plan.p;
   const Block rows(plan, k, workspace, block);
   const auto dv = static_cast<int32_t>(p.value_dim);
-  alignas(64) float sum[2 * kMaxHeadDim];
+  alignas(64) float sum[(kMaxParts + 1) * kMaxHeadDim];
   for (int64_t r = 0; r < rows.n_rows; ++r) {
     float max = -std::numeric_limits<float>::infinity(), total = 0.0F;
     const int64_t head = rows.query_head(r);
     const float sink = p.sink_logits != nullptr ? p.sink_logits[head] * kLog2e : max;
     for (int64_t c = 0; c < plan.chunks; ++c)
-      max = std::fmax(max, Part(plan, workspace, block * plan.chunks + c).state[r].max);
+      max = std::fmax(max, Partial(plan, workspace, block * plan.chunks + c).state[r].max);
     max = std::fmax(max, sink);
     std::memset(sum, 0, sizeof sum);
     const bool any = max > -std::numeric_limits<float>::infinity();
     for (int64_t c = 0; any && c < plan.chunks; ++c) {
-      const Part part(plan, workspace, block * plan.chunks + c);
+      const Partial part(plan, workspace, block * plan.chunks + c);
       const float weight = std::exp2(part.state[r].max - max);
       const float* out = part.out + r * plan.out_width;
       if (weight == 0.0F) continue;
@@ -304,8 +241,9 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
     }
     if (any) total += std::exp2(sink - max);
     if (plan.value.rotated && any) {
-      k.rotate(sum, 1, dv, rotation_signs(dv), true);
-      for (int32_t i = 0; i < dv; ++i) sum[i] += sum[dv + i];
+      const float* plain = sum + plan.record.value.width();
+      from_parts(k, plan.value, dv, sum);
+      for (int32_t i = 0; i < dv; ++i) sum[i] += plain[i];
     }
     const float inverse = total > 0.0F ? 1.0F / total : 0.0F;
     for (int32_t i = 0; i < dv; ++i) sum[i] *= inverse;

@@ -3,6 +3,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "codecs/all.h"
 #include "kvpack/codec.h"
@@ -21,19 +22,43 @@ constexpr std::array<CodecInfo, kCodecs> kInfo{{
    Traits::kElements,                                \
    Traits::kAsymmetric,                              \
    Traits::kScaleBlock,                              \
+   TwoParts<Traits> ? 2 : 1,                         \
+   Traits::kProjected,                               \
    what,                                             \
    source},
 #include "codecs/codecs.def"
 #undef KVPACK_CODEC
 }};
 
-// Sizes of one side of a tile, by codec.
-struct Sizes {
-  int32_t (*scale_rows)(Side, int32_t head_dim);
-  size_t (*code_bytes)(int32_t head_dim);
-};
-constexpr std::array<Sizes, kCodecs> kSizes{{
-#define KVPACK_CODEC(id, name, Traits, what, source) {scale_rows_of<Traits>, code_bytes_of<Traits>},
+template <class Codec>
+constexpr int32_t id_of() {
+  int32_t found = -1;
+#define KVPACK_CODEC(id, name, Traits, what, source) \
+  if (std::is_same_v<Codec, Traits>) found = id;
+#include "codecs/codecs.def"
+#undef KVPACK_CODEC
+  return found;
+}
+
+// Sizes and parts of one side of a tile.
+template <class Codec>
+void set_sections(SideLayout& s) {
+  const int32_t d = s.head_dim;
+  s.scale_bytes = static_cast<size_t>(scale_rows_of<Codec>(s.side, d)) * kTile * 2;
+  s.code_bytes = code_bytes_of<Codec>(d);
+  s.parts = 1;
+  s.part[0] = {id_of<Codec>(), 0, d, 0, 0};
+  if constexpr (TwoParts<Codec>) {
+    using First = typename Codec::First;
+    using Second = typename Codec::Second;
+    const int32_t dims = Codec::part_dims(0, d);
+    s.parts = 2;
+    s.part[0] = {id_of<First>(), 0, dims, 0, 0};
+    s.part[1] = {id_of<Second>(), dims, Codec::part_dims(1, d), kTile, code_bytes_of<First>(dims)};
+  }
+}
+constexpr std::array<void (*)(SideLayout&), kCodecs> kSections{{
+#define KVPACK_CODEC(id, name, Traits, what, source) set_sections<Traits>,
 #include "codecs/codecs.def"
 #undef KVPACK_CODEC
 }};
@@ -68,10 +93,10 @@ SideLayout layout_of(int64_t codec, int64_t head_dim, Side side) {
   if (!info.rotated && code.center != Center::none) refuse("centring");
   if (info.bits != 0 && code.dtype != Dtype::f32) refuse("element dtype");
   const auto d = static_cast<int32_t>(head_dim);
-  const Sizes& sizes = kSizes[static_cast<size_t>(code.id)];
-  const size_t elements = static_cast<size_t>(kTile * d) * static_cast<size_t>(dtype_bytes(code.dtype));
-  return side_layout(info.bits, d, side, code.center, sizes.scale_rows(side, d),
-                     info.bits == 0 ? elements : sizes.code_bytes(d));
+  SideLayout layout{info.bits, d, side, code.center, 0, 0, 1, {}};
+  kSections[static_cast<size_t>(code.id)](layout);
+  if (info.bits == 0) layout.code_bytes = static_cast<size_t>(kTile * d) * static_cast<size_t>(dtype_bytes(code.dtype));
+  return layout;
 }
 
 }  // namespace kvpack

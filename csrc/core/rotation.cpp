@@ -3,6 +3,7 @@
 #include <array>
 
 #include "core/fp_control.h"
+#include "core/splitmix.h"
 #include "kernels/hadamard.h"
 #include "kernels/table.h"
 #include "kvpack/codec.h"
@@ -15,15 +16,10 @@ struct Signs {
   alignas(64) std::array<float, kMaxHeadDim> value{};
   constexpr Signs() = default;
   constexpr explicit Signs(uint64_t head_dim) {
-    uint64_t state = 0x6b767061636b0000ULL + head_dim, word = 0;
+    SplitMix64 random{0x6b767061636b0000ULL + head_dim};
+    uint64_t word = 0;
     for (size_t i = 0; i < head_dim; ++i) {
-      if (i % 64 == 0) {  // splitmix64
-        state += 0x9E3779B97F4A7C15ULL;
-        word = state;
-        word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9ULL;
-        word = (word ^ (word >> 27)) * 0x94D049BB133111EBULL;
-        word ^= word >> 31;
-      }
+      if (i % 64 == 0) word = random.next();
       value[i] = ((word >> (i % 64)) & 1) != 0 ? -1.0F : 1.0F;
     }
   }

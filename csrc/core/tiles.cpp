@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/fp_control.h"
+#include "core/transform.h"
 #include "kernels/table.h"
 #include "kvpack/codec.h"
 #include "kvpack/isa.h"
@@ -41,6 +42,10 @@ void store_row(const float* from, Dtype dtype, int32_t n, uint8_t* to) {
 
 namespace {
 
+const Projection* projection(CodecCode code, int32_t head_dim) {
+  return codecs()[static_cast<size_t>(code.id)].projected ? &projection_of(head_dim) : nullptr;
+}
+
 // Too large for the stack; one per thread that ever encodes with a trellis codec.
 uint8_t* workspace(CodecCode code) {
   struct alignas(64) Block {
@@ -59,7 +64,8 @@ struct Scratch {
   // What an encoder needs. `tokens` rows, and zeros for the rest of the tile; whole tiles of floats stay where they
   // are.
   EncodeArgs args(const Vectors& from, int32_t tokens, CodecCode code, int32_t d, Side side, TileSide out) {
-    EncodeArgs a{x, d, x, out, codes, rotation_signs(d), d, side, code.rule, code.search, workspace(code)};
+    EncodeArgs a{x, d,    x,         out,         codes,           rotation_signs(d),
+                 d, side, code.rule, code.search, workspace(code), projection(code, d)};
     if (tokens == kTile && from.dtype == Dtype::f32 && reinterpret_cast<uintptr_t>(from.data) % 4 == 0 &&
         from.stride % 4 == 0) {
       a.from = reinterpret_cast<const float*>(from.data);
@@ -168,7 +174,7 @@ void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side,
   if (k.decode[code.id] != nullptr) {
     const FpControl ieee(FpControl::Mode::ieee);
     Scratch s;
-    k.decode[code.id]({tile, s.x, s.codes, rotation_signs(head_dim), head_dim, side});
+    k.decode[code.id]({tile, s.x, s.codes, rotation_signs(head_dim), head_dim, side, projection(code, head_dim)});
     for (int32_t t = 0; t < tokens; ++t) store_row(s.x + t * head_dim, dtype, head_dim, out + t * stride);
     return;
   }

@@ -5,6 +5,7 @@
 #include "kernels/elements.inl.h"
 #include "kernels/fwht.inl.h"
 #include "kernels/pack.inl.h"
+#include "kernels/project.inl.h"
 #include "simd/half.h"
 
 namespace {
@@ -36,9 +37,9 @@ void codes_to_levels(uint8_t* codes, int head_dim, kvpack::Side side) {
   }
 }
 
-// Levels times scales, plus the mean.
-template <class S, class Codec>
-void decode_levels(const kvpack::DecodeArgs& a) {
+// Values of a tile, in the codec's domain, without their mean.
+template <class Codec>
+void decode_values(const kvpack::DecodeArgs& a) {
   using kvpack::kTile;
   unpack_codes<static_cast<int>(2 * Codec::kBits), Codec::kTrellis>(a.tile.codes, a.head_dim, a.side, a.scratch);
   codes_to_levels<Codec>(a.scratch, a.head_dim, a.side);
@@ -50,6 +51,32 @@ void decode_levels(const kvpack::DecodeArgs& a) {
       for (int i = b * block; i < (b + 1) * block && i < a.head_dim; ++i)
         a.x[t * a.head_dim + i] = scale * static_cast<float>(static_cast<int8_t>(a.scratch[t * a.head_dim + i]));
     }
+}
+
+// The decoded residuals, on top of the values of the first part.
+template <class S, class Codec>
+void add_residuals(const kvpack::DecodeArgs& a) {
+  using namespace kvpack;
+  const int d = a.head_dim;
+  unpack_codes<2, false>(a.tile.codes + code_bytes_of<typename Codec::First>(d), d, a.side, a.scratch);
+  alignas(64) float signs[kMaxHeadDim];
+  for (int t = 0; t < kTile; ++t) {
+    const float size = half_to_float(a.tile.scales[kTile + t]) * a.projection->worth;
+    for (int i = 0; i < d; ++i) signs[i] = a.scratch[t * d + i] != 0 ? size : -size;
+    project_back<S>(a.projection->columns, signs, a.x + t * d, d);
+  }
+}
+
+// Levels times scales, plus the mean.
+template <class S, class Codec>
+void decode_levels(const kvpack::DecodeArgs& a) {
+  using kvpack::kTile;
+  if constexpr (Codec::kProjected) {
+    decode_values<typename Codec::First>(a);
+    add_residuals<S, Codec>(a);
+  } else {
+    decode_values<Codec>(a);
+  }
   if (a.tile.mean != nullptr) {
     const float step = half_to_float(*a.tile.mean_scale);
     for (int t = 0; t < kTile; ++t)

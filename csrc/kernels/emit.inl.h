@@ -5,6 +5,7 @@
 #include "kernels/dense.inl.h"
 #include "kernels/encode.inl.h"
 #include "kernels/mean.inl.h"
+#include "kernels/project.inl.h"
 #include "kernels/score.inl.h"
 #include "kernels/softmax.inl.h"
 #include "kernels/viterbi.inl.h"
@@ -25,12 +26,14 @@ constexpr void emit_group(kvpack::KernelTable& t, int id) {
 template <class S, class Codec>
 constexpr void emit_codec(kvpack::KernelTable& t, int id) {
   if constexpr (Codec::kBits != 0) {
+    t.encode[id] = encode<S, Codec>;
+    t.decode[id] = decode<S, Codec>;
+  }
+  if constexpr (Codec::kBits != 0 && !kvpack::TwoParts<Codec>) {  // parts are read by the codecs that they are
     emit_group<S, Codec, 1>(t, id);
     emit_group<S, Codec, 2>(t, id);
     emit_group<S, Codec, 3>(t, id);
     emit_group<S, Codec, 4>(t, id);
-    t.encode[id] = encode<S, Codec>;
-    t.decode[id] = decode<S, Codec>;
   }
 }
 
@@ -51,6 +54,8 @@ constexpr kvpack::KernelTable emit(const char* name) {
   KernelTable t{};
   t.name = name;
   t.rotate = rotate<S>;
+  t.project = project<S>;
+  t.project_back = project_back<S>;
   t.quantize_query = quantize_query<S>;
   t.softmax = softmax<S>;
   t.softcap = softcap<S>;

@@ -106,8 +106,9 @@ Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes
   return {xc, S::reduce_add(square)};
 }
 
+// scales, where they are asked for: of x 2^-e, before they are rounded.
 template <class S, class Codec>
-int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors) {
+int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors, float* scales = nullptr) {
   using namespace kvpack;
   const bool projects = a.search || a.rule == Rule::mse || a.rule == Rule::unbiased;
   const int d = a.head_dim;
@@ -143,8 +144,41 @@ int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors) {
       }
     }
     report(status, store_scale(scale, x.e, a.tile.scales + t), t);
+    if (scales != nullptr) scales[t] = scale;
   }
   return status;
+}
+
+// The first part, packed; then the signs of the projected residuals, in a.scratch, and their root mean squares.
+template <class S, class Codec>
+int32_t encode_projected(const kvpack::EncodeArgs& a, const Rotated* vectors) {
+  using namespace kvpack;
+  using First = typename Codec::First;
+  const int d = a.head_dim;
+  float scales[kTile];
+  const int32_t first = encode_lloyd_max<S, First>(a, vectors, scales);
+  pack_codes<static_cast<int>(2 * First::kBits), false>(a.scratch, d, a.side, a.tile.codes);
+  static constexpr LevelTable kLevels = First::kLevels;
+  const float root = static_cast<float>(__builtin_sqrt(static_cast<double>(d)));
+  alignas(64) float projected[kMaxHeadDim];
+  int32_t status = 0;
+  for (int t = 0; t < kTile; ++t) {
+    uint8_t* codes = a.scratch + t * d;
+    float* y = a.x + t * d;
+    a.tile.scales[kTile + t] = 0;
+    if (!vectors[t].live) {
+      __builtin_memset(codes, 1, static_cast<size_t>(d));
+      continue;
+    }
+    const float step = scales[t] * root;
+    for (int i = 0; i < d; ++i) y[i] = y[i] - step * static_cast<float>(kLevels.level[codes[i]]);
+    const float n2 = lane_sum<S>(d, [&](int i) { return S::mul(S::load(y + i), S::load(y + i)); });
+    const float rms = __builtin_sqrtf(n2) * static_cast<float>(1.0 / d);
+    report(status, store_scale(rms, vectors[t].e, a.tile.scales + kTile + t), t);
+    project<S>(a.projection->columns, y, projected, d);
+    for (int i = 0; i < d; ++i) codes[i] = projected[i] >= 0.0F ? 1 : 0;
+  }
+  return first == 0 || status == 0 ? first + status : first > status ? first : status;  // the earlier token
 }
 
 // Where a trellis encoder works (EncodeArgs::workspace).
@@ -322,6 +356,8 @@ int32_t encode(const kvpack::EncodeArgs& a) {
     if (status != 0) return status;
     if constexpr (Codec::kTrellis)
       status = encode_trellis<S, Codec>(a, vectors);
+    else if constexpr (Codec::kProjected)
+      status = encode_projected<S, Codec>(a, vectors);
     else if constexpr (Codec::kScaleRules)
       status = encode_lloyd_max<S, Codec>(a, vectors);
     else
@@ -329,7 +365,11 @@ int32_t encode(const kvpack::EncodeArgs& a) {
   } else {
     status = encode_blocks<S, Codec>(a, nullptr);
   }
-  if (status == 0)
+  if (status != 0) return status;
+  if constexpr (kvpack::TwoParts<Codec>)
+    pack_codes<static_cast<int>(2 * Codec::Second::kBits), false>(
+        a.scratch, a.head_dim, a.side, a.tile.codes + kvpack::code_bytes_of<typename Codec::First>(a.head_dim));
+  else
     pack_codes<static_cast<int>(2 * Codec::kBits), Codec::kTrellis>(a.scratch, a.head_dim, a.side, a.tile.codes);
   return status;
 }

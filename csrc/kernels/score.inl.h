@@ -161,7 +161,7 @@ void score(const kvpack::ScoreArgs& a) {
               S::store(out, S::fma(sum, unit, level == 0 ? S::set1(bias[g][key_group]) : S::load(out)));
             } else {
               const auto part = S::mul(S::mul(sum, scale), unit);
-              S::store(out, level == 0 && sb == 0 ? part : S::add(S::load(out), part));
+              S::store(out, level == 0 && sb == 0 && !a.add ? part : S::add(S::load(out), part));
             }
           }
         }

@@ -34,6 +34,7 @@ struct ScoreArgs {
   const uint8_t* ahead;  // same section of a tile to come, prefetched line by line
   float* scores;         // [group][kTile], log2 units
   int32_t head_dim, levels;
+  bool add;  // to the scores of the part before
 };
 
 struct SoftmaxArgs {
@@ -63,6 +64,13 @@ struct DenseArgs {
   int32_t out_stride, head_dim, tokens, group;
 };
 
+// The matrix of projected residuals, docs/format.md section 4, [column][row]; what a sign is worth beside the scale.
+struct Projection {
+  const float* columns;
+  float worth;
+};
+constexpr float kSignLevel = 100.0F;  // signs are read with the levels of tq1
+
 // Scratch of an encoder: the search of the trellis codecs.
 constexpr size_t kEncodeWorkspace = size_t{512} * 1024;
 
@@ -80,6 +88,7 @@ struct EncodeArgs {
   Rule rule;
   bool search;         // of the encode scale
   uint8_t* workspace;  // kEncodeWorkspace bytes
+  const Projection* projection;
 };
 struct DecodeArgs {
   ConstTileSide tile;
@@ -88,6 +97,7 @@ struct DecodeArgs {
   const float* signs;
   int32_t head_dim;
   Side side;
+  const Projection* projection;
 };
 
 // Gains that the search of the encode scale tries besides 1.
@@ -106,6 +116,8 @@ struct MeanArgs {
 struct KernelTable {
   const char* name;
   void (*rotate)(float* x, int64_t rows, int32_t head_dim, const float* signs, bool inverse);
+  void (*project)(const float* columns, const float* x, float* out, int32_t head_dim);
+  void (*project_back)(const float* columns, const float* x, float* out, int32_t head_dim);  // adds
   void (*quantize_query)(const QuantizeQueryArgs&);
   void (*softmax)(const SoftmaxArgs&);
   void (*softcap)(float* scores, int32_t n, float cap);

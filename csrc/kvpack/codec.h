@@ -14,6 +14,8 @@ struct CodecInfo {
   bool rotated, scale_rules, trellis;
   bool elements, asymmetric;  // codes laid out as those of `exact`; scales are steps and zeros
   int32_t scale_block;        // dims per scale, 0: the whole vector
+  int32_t parts;
+  bool projected;  // the second part is of the projected residual
   std::string_view what, source;
 };
 

@@ -5,7 +5,7 @@
 //   | K scales | V scales | K codes | V codes |      every section a multiple of 64 bytes
 //
 //   scales   fp16 [scale block][token]: one row of 64 per scale block (none for `exact`; KIVI's: codecs/kivi.h)
-//   codes    lines of 64 bytes = 16 lanes x 4 depths
+//   codes    lines of 64 bytes = 16 lanes x 4 depths; codecs of two parts: those of the first, then of the second
 //
 // Codes have a lane axis and a depth axis. Keys: lane = token, depth = dim. Values: lane = dim, depth = token. So a
 // 16-lane line holds one dword per lane with 4 consecutive depths, which is what a 4-way int8 dot instruction eats:
@@ -82,6 +82,13 @@ constexpr CodeGrid code_grid(double bits, int32_t head_dim, Side side) {
   return side == Side::key ? CodeGrid{bits, kTile, head_dim} : CodeGrid{bits, head_dim, kTile};
 }
 
+// Codes of one width for a run of values of the transformed vector, read by the kernels of a codec that has no others.
+struct CodePart {
+  int32_t reader;        // id of that codec
+  int32_t first, dims;   // the run
+  size_t scales, codes;  // where its scales and codes begin, in scales and in bytes
+};
+
 // Where the sections of one side of a tile lie, standing alone (a Packed array) or inside a record.
 struct SideLayout {
   double bits;
@@ -89,6 +96,9 @@ struct SideLayout {
   Side side;
   Center center;
   size_t scale_bytes, code_bytes;
+  int32_t parts;
+  CodePart part[kMaxParts];
+  constexpr int32_t width() const { return part[parts - 1].first + part[parts - 1].dims; }  // of the parts together
   constexpr size_t bytes() const { return scale_bytes + code_bytes; }
   // Means of a page, and of `tiles` tiles standing alone; each is mean_bytes() with its scale.
   constexpr int32_t means() const { return center == Center::tile ? kPageTiles : center == Center::mean ? 1 : 0; }
@@ -99,12 +109,6 @@ struct SideLayout {
   // Which of them is the mean of a tile.
   constexpr int64_t mean_of(int64_t tile) const { return center == Center::tile ? tile : tile / kPageTiles; }
 };
-
-// Of a codec with codes of `bits` (0: elements) in so many bytes, and rows of 64 fp16 scales.
-constexpr SideLayout side_layout(double bits, int32_t head_dim, Side side, Center center, int32_t scale_rows,
-                                 size_t code_bytes) {
-  return {bits, head_dim, side, center, static_cast<size_t>(scale_rows) * kTile * 2, code_bytes};
-}
 
 // Offsets in the part of a page that belongs to one KV head.
 struct RecordLayout {

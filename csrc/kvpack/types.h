@@ -18,6 +18,7 @@ constexpr int32_t kMaxHeadDim = 256;
 // Head sizes: 2^a times an order of a Hadamard matrix, 1, 12, 20 or 28. This release carries those in 64..256.
 constexpr int32_t kHeadDims[] = {64, 80, 96, 112, 128, 160, 192, 256};
 constexpr int32_t kMaxScaleBlocks = kMaxHeadDim / 32;
+constexpr int32_t kMaxParts = 2;
 
 constexpr int32_t dtype_bytes(Dtype t) { return t == Dtype::f32 ? 4 : t == Dtype::e4m3 ? 1 : 2; }
 

@@ -39,7 +39,7 @@ FORMAT_VERSION = int(_core.FORMAT_VERSION)
 
 @dataclass(frozen=True)
 class CodecInfo:
-    """A line of the registry. ``bits`` of one code, 0 for ``exact``; ``scale_block`` 0 means one scale per vector."""
+    """A line of the registry. ``bits`` of one code, 0 for ``exact``; ``scale_block`` 0: a scale per vector and part."""
 
     id: int
     name: str
@@ -50,6 +50,7 @@ class CodecInfo:
     elements: bool
     asymmetric: bool
     scale_block: int
+    parts: int
     what: str
     source: str
 

@@ -3,6 +3,7 @@
 // the trained levels of the trellis codecs.
 #pragma once
 #include <Eigen/Core>
+#include <algorithm>
 #include <bit>
 #include <map>
 
@@ -84,7 +85,15 @@ inline double e4m3(uint8_t code) {
   return (code & 0x80) != 0 ? -magnitude : magnitude;
 }
 
-// Levels of codecs without a trellis.
+// What reads the first part of a codec: tq1 of tqp2, and so on; codecs of one part are their own.
+inline const CodecInfo& first_part(const CodecInfo& info) {
+  const std::string name = "tq" + std::to_string(static_cast<int>(info.bits) - 1);
+  return info.parts == 1
+             ? info
+             : *std::find_if(codecs().begin(), codecs().end(), [&](const CodecInfo& c) { return c.name == name; });
+}
+
+// Levels of codecs of one part, without a trellis.
 inline double level(const CodecInfo& info, int code) {
   static const std::map<std::string_view, std::vector<int>> positive{{"tq1", {100}},
                                                                      {"tq2", {30, 100}},
@@ -176,10 +185,41 @@ inline const Matrix& rotation(int d) {
   return at->second;
 }
 
+// The Gaussian matrix of projected residuals: integers from 16 bits each, a sign and the quantile of a magnitude.
+inline Matrix projection(int d) {
+  Matrix g(d, d);
+  uint64_t state = 0x716a6c70726f8000ULL + static_cast<uint64_t>(d), word = 0;
+  for (int i = 0; i < d * d; ++i) {
+    if (i % 4 == 0) word = inputs::splitmix64(state += inputs::kGamma);
+    const auto field = static_cast<int>(word >> (16 * (i % 4)) & 0xffff);
+    int size = 0;
+    while (size < 127 && (field & 0x7fff) >= std::round(std::ldexp(std::erf((size + 0.5) / 32 * M_SQRT1_2), 15)))
+      ++size;
+    g(i / d, i % d) = field >= 0x8000 ? -size : size;
+  }
+  return g;
+}
+
+// Decoded residuals of one side of a tile, in the rotated domain: the signs of their projections, and their root
+// mean squares.
+inline Matrix residuals(const uint8_t* codes, const uint16_t* sizes, int d, Side side) {
+  static std::map<int, Matrix> all;
+  const auto [at, fresh] = all.try_emplace(d);
+  if (fresh) {
+    at->second = projection(d);
+    at->second *= std::sqrt(M_PI / 2 / d) / std::sqrt(at->second.squaredNorm() / d / d);
+  }
+  Matrix signs(kTile, d);
+  for (int t = 0; t < kTile; ++t)
+    for (int i = 0; i < d; ++i) signs(t, i) = code_at(codes, 1, side, d, t, i) != 0 ? half(sizes[t]) : -half(sizes[t]);
+  return signs * at->second;
+}
+
 // All 64 vectors of one side of a tile: [64][head_dim].
 inline Matrix decode(const ConstTileSide& tile, int64_t codec, int d, Side side) {
   const CodecCode code = CodecCode::unpack(codec);
   const CodecInfo& info = inputs::info_of(codec);
+  const CodecInfo& first = first_part(info);
   const int per_scale = info.scale_block == 0 ? d : info.scale_block;
   Matrix x(kTile, d);
   if (info.trellis) x = trellis(tile.codes, info.bits, side, d);
@@ -200,10 +240,11 @@ inline Matrix decode(const ConstTileSide& tile, int64_t codec, int d, Side side)
         x(t, i) = half(tile.scales[zero]) + half(tile.scales[step]) * code_at(tile.codes, info.bits, side, d, t, i);
         continue;
       }
-      if (!info.trellis) x(t, i) = level(info, code_at(tile.codes, info.bits, side, d, t, i));
+      if (!info.trellis) x(t, i) = level(first, code_at(tile.codes, first.bits, side, d, t, i));
       x(t, i) *= half(tile.scales[i / per_scale * kTile + t]);
       if (code.center != Center::none) x(t, i) += half(*tile.mean_scale) * tile.mean[i];
     }
+  if (info.projected) x += residuals(tile.codes + 8 * d * first.bits, tile.scales + kTile, d, side);
   return info.rotated ? Matrix(x * rotation(d)) : x;
 }
 

@@ -189,6 +189,20 @@ TEST(head_sizes_and_groups) {
         }
 }
 
+TEST(codecs_of_two_parts) {
+  for (const CodecInfo& info : codecs())
+    for (const int64_t d : kHeadDims) {
+      if (info.parts == 1) continue;
+      Case c;
+      c.key_dim = c.value_dim = d;
+      c.batch = c.kv_heads = 1;
+      c.key_codec = default_code(info, c.dtype, d % 64 == 0 ? Center::none : Center::tile);
+      c.value_codec = default_code(info, c.dtype, Center::mean);
+      c.precision = Precision::high;
+      check_case(c);
+    }
+}
+
 TEST(counts_after_a_crop) {
   // A crop lowers the count of the last tile then in the table; later tiles follow it.
   for (const std::vector<int32_t>& counts :

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "core/fp_control.h"
+#include "core/transform.h"
 #include "kernels/table.h"
 #include "kvpack/isa.h"
 #include "kvpack/pages.h"
@@ -125,7 +126,8 @@ TEST(bytes_are_the_same_on_every_level) {
         for (int n = 0; n < repeats; ++n) {
           const auto seed = static_cast<uint64_t>(n * 1000 + d);
           std::vector<std::vector<float>> tiles{hard_vectors(d, seed)};
-          if (inputs::info_of(code).scale_rules) tiles.push_back(near_thresholds(inputs::info_of(code), d, seed));
+          if (inputs::info_of(code).scale_rules)
+            tiles.push_back(near_thresholds(reference::first_part(inputs::info_of(code)), d, seed));
           for (const auto& x : tiles) {
             const auto scalar = on_level("scalar", [&] { return inputs::encode(x, code, d, side); });
             const auto here = inputs::encode(x, code, d, side);
@@ -340,6 +342,23 @@ TEST(inputs_of_16_bits_and_strides) {
       CHECK(tile == inputs::encode(widened, code, d, Side::key));
     }
   }
+}
+
+TEST(projection_is_the_reference_s) {
+  uint64_t hash = fnv1a(nullptr, 0);
+  for (const int32_t d : kHeadDims) {
+    const Projection& p = projection_of(d);
+    const reference::Matrix want = reference::projection(d);
+    std::vector<uint8_t> rows;
+    for (int i = 0; i < d; ++i)
+      for (int j = 0; j < d; ++j) {
+        CHECK_EQ(p.columns[j * d + i], want(i, j));
+        rows.push_back(static_cast<uint8_t>(static_cast<int8_t>(p.columns[j * d + i])));
+      }
+    hash = fnv1a(rows.data(), rows.size(), hash);
+    CHECK_LE(std::abs(p.worth / (std::sqrt(M_PI / 2 * d) / want.norm()) - 1), 1e-6);
+  }
+  CHECK_EQ(hash, 0xebf141c221069b98ULL);  // of test_reference_qjl.py
 }
 
 TEST(rotation_agrees_with_the_dense_matrix) {

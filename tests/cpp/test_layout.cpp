@@ -111,7 +111,7 @@ TEST(sections_of_records) {
           const auto scales = [](int64_t code, int64_t d, Side side) {
             const CodecInfo& info = inputs::info_of(code);
             if (info.asymmetric) return static_cast<size_t>(side == Side::key ? 8 * d : (d + 31) / 32 * 256);
-            return static_cast<size_t>(info.bits == 0 ? 0 : (info.scale_block == 0 ? 1 : (d + 31) / 32) * 128);
+            return static_cast<size_t>(info.bits == 0 ? 0 : (info.scale_block == 0 ? info.parts : (d + 31) / 32) * 128);
           };
           const auto sizes = [](int64_t code, int64_t d) {
             const CodecInfo& info = inputs::info_of(code);
@@ -128,6 +128,34 @@ TEST(sections_of_records) {
           CHECK_EQ(r.head_bytes() % kLine, size_t{0});
           CHECK_EQ(layout.page_bytes(), 3 * r.head_bytes());
         }
+}
+
+TEST(parts_follow_each_other) {
+  for (const CodecInfo& info : codecs())
+    for (const int32_t d : kHeadDims)
+      for (const Side side : kSides) {
+        const check::Context context(info.name, " head_dim ", d);
+        const SideLayout s = layout_of(inputs::default_code(info), d, side);
+        CHECK_EQ(s.parts, info.parts);
+        int32_t first = 0;
+        double bits = 0;
+        size_t codes = 0, scales = 0;
+        for (int32_t n = 0; n < s.parts; ++n) {
+          const CodePart& part = s.part[n];
+          CHECK_EQ(part.first, first);
+          CHECK_EQ(part.codes, codes);
+          CHECK_EQ(part.scales, scales);
+          CHECK_EQ(inputs::info_of(part.reader).parts, 1);
+          first += part.dims;
+          bits += inputs::info_of(part.reader).bits;
+          codes += static_cast<size_t>(8 * part.dims * inputs::info_of(part.reader).bits);
+          scales += kTile;
+        }
+        CHECK_EQ(s.width(), info.projected ? 2 * d : d);
+        CHECK_EQ(bits, info.bits);
+        if (info.parts > 1) CHECK_EQ(s.scale_bytes, 2 * scales);
+        if (info.bits != 0) CHECK_EQ(s.code_bytes, codes);
+      }
 }
 
 TEST(means_follow_the_records) {

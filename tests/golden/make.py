@@ -46,6 +46,7 @@ OPTIONS = (
     ("rq4_0", "tile", False, 112),
     ("tcq2", "tile", False, 80),
     ("tcq2", "none", True, 64),
+    ("tqp3", "tile", True, 80),
 )
 """Centring and the search of the scale: codec, center, search, head size."""
 
@@ -56,8 +57,9 @@ def options(name: str) -> tuple[str, ...]:
 
 
 def head_sizes(name: str, rule: str = "") -> tuple[int, ...]:
-    """Those of a codec and rule: searching a trellis takes long, and does not depend on the rule."""
-    return (64,) if name in CODECS and CODECS[name].stream and rule not in ("", "norm") else HEAD_SIZES
+    """Those of a codec and rule: searching a trellis and projecting take long."""
+    slow = name in CODECS and (CODECS[name].stream or name.startswith("tqp"))
+    return (64,) if slow and rule not in ("", "norm") else HEAD_SIZES
 
 
 def inputs(d: int) -> NDArray[np.float32]:

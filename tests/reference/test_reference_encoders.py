@@ -18,14 +18,17 @@ from kvpack.reference import (
     quantize,
     signs,
 )
+from kvpack.reference.codebooks import Codebook
 from kvpack.reference.fp8 import e4m3_value
 from kvpack.reference.normalise import lanes16_sum, normalise
+from kvpack.reference.qjl import projection
 from kvpack.reference.tq import assign
 
 F = np.float32
 ONE = F(1)
 ROTATED = [name for name, codec in CODECS.items() if codec.rotated]
 SCALAR = [name for name, codec in CODECS.items() if name in CODEBOOKS]  # quantized value by value, to a codebook
+PROJECTED = [name for name in CODECS if name.startswith("tqp")]
 QUICK = [("q4_0", None), ("tq3", "norm")]  # of head sizes that are no powers of two, outside the full suite
 EVERY = [(name, rule) for name, codec in CODECS.items() for rule in (SCALE_RULES if codec.scale_rules else (None,))]
 
@@ -76,12 +79,17 @@ def scalar_transform(scaled: list[Any]) -> list[Any]:
     return y
 
 
+def book_of(name: str) -> Codebook:
+    """That of the codec, or of its first part."""
+    return CODEBOOKS[name] if name in CODEBOOKS else CODEBOOKS[f"tq{CODECS[name].bits - 1}"]
+
+
 def scalar_rotated(x: np.ndarray, name: str, rule: str) -> tuple[list[int], list[Any]]:
-    d, book = len(x), CODEBOOKS[name]
-    bits = book.bits
+    d, book = len(x), book_of(name)
+    bits, projected = book.bits, name not in CODEBOOKS
     m = max(abs(v) for v in x)
     if m == 0:
-        return [2 ** (bits - 1)] * d, [np.float16(0)]
+        return [2 ** (bits - 1) + (2**bits if projected else 0)] * d, [np.float16(0)] * (1 + projected)
     e = scalar_exponent(m)
     scaled = [F(float(v) * 2.0**-e) for v in x]
     n2 = scalar_lanes16([F(v * v) for v in scaled])
@@ -104,7 +112,16 @@ def scalar_rotated(x: np.ndarray, name: str, rule: str) -> tuple[list[int], list
         "mse": lambda: F(F(xc * root) / F(cc)),
         "unbiased": lambda: F(n2 / F(xc * root)),
     }[rule]()
-    return codes, [scalar_fp16(scale, e)]
+    if not projected:
+        return codes, [scalar_fp16(scale, e)]
+    step = F(scale * F(np.sqrt(d)))
+    rest = [F(v - F(step * F(level))) for v, level in zip(y, q, strict=True)]
+    size = F(F(np.sqrt(scalar_lanes16([F(v * v) for v in rest]))) * F(1 / d))
+    totals = np.zeros(d, F)
+    for column, v in zip(projection(d).T, rest, strict=True):
+        totals = totals + column.astype(F) * v
+    signs = [2**bits if total >= 0 else 0 for total in totals]
+    return [a + b for a, b in zip(codes, signs, strict=True)], [scalar_fp16(scale, e), scalar_fp16(size, e)]
 
 
 def scalar_rotated_blocks(x: np.ndarray, bits: int) -> tuple[list[int], list[Any]]:
@@ -252,7 +269,8 @@ def test_zeros_have_scale_zero_and_the_code_of_zero(name: str) -> None:
         codes, scales = quantize(np.full((3, 64), zero, F), name)
         codec = CODECS[name]
         if not codec.stream:  # the codes of a trellis spell a path, which has no middle
-            assert (codes == (0 if codec.elements or codec.asymmetric else 1 << (codec.bits - 1))).all()
+            middle = 0 if codec.elements or codec.asymmetric else 1 << int(codec.bits - 1)
+            assert (codes == (middle | middle >> 1 if name in PROJECTED else middle)).all()
         assert (scales.view(np.uint16) == 0).all()
         assert (dequantize(codes, scales, name) == 0).all()
 
@@ -327,6 +345,8 @@ def test_codes_do_not_depend_on_the_scale_rule() -> None:
         if not CODECS[name].scale_rules:
             continue
         codes = [quantize(x, name, rule)[0] for rule in SCALE_RULES]
+        if name in PROJECTED:  # the signs are of what the scale leaves
+            codes = [each & ((1 << (CODECS[name].bits - 1)) - 1) for each in codes]
         assert all((each == codes[0]).all() for each in codes)
         assert (quantize(x, name)[1] == quantize(x, name, "norm")[1]).all()
 

@@ -23,6 +23,7 @@ from .codebooks import CODEBOOKS
 from .fp8 import e4m3_value, fp8_quantize
 from .kivi import kivi_dequantize, kivi_quantize, kivi_rows, kivi_token
 from .packing import pack_codes, pack_elements, unpack_codes, unpack_elements
+from .qjl import qjl_quantize, qjl_residual
 from .rotated import SCALE_RULES, Mean, mean_of
 from .rotation import rotate
 from .tcq import tcq_levels, tcq_quantize
@@ -123,10 +124,46 @@ class Kivi(Codec):
         return kivi_dequantize(codes, scales, side)
 
 
+@dataclass(frozen=True)
+class _Projected(Codec):
+    """A codec of two parts, each with its codes and a row of scales: Lloyd-Max, and one bit of the residual."""
+
+    @property
+    def low(self) -> int:
+        """Bits of the first part."""
+        return int(self.bits) - 1
+
+    def scale_rows(self, d: int, side: str) -> int:
+        return 2
+
+    def pack(self, codes: Codes, side: str) -> Codes:
+        low, high = self._parts(codes)
+        return np.concatenate((pack_codes(low, self.low, side), pack_codes(high, 1, side)), axis=-1)
+
+    def unpack(self, packed: Codes, side: str, d: int) -> Codes:
+        low, high = np.split(packed, [8 * d * (self.low)], axis=-1)
+        return unpack_codes(low, self.low, side, d) | unpack_codes(high, 1, side, d) << np.uint8(self.low)
+
+    def dequantize(self, codes: Codes, scales: F16, side: str) -> F64:
+        low, high = self._parts(codes)
+        wide = scales.astype(np.float64)
+        values: F64 = self.levels(low, side) * wide[..., :1] + qjl_residual(high, wide[..., 1:])
+        return values
+
+    def _parts(self, codes: Codes) -> tuple[Codes, Codes]:
+        return codes & np.uint8((1 << self.low) - 1), codes >> np.uint8(self.low)
+
+
 def _lloyd_max(id: int, name: str) -> Codec:
     book = CODEBOOKS[name]
     there, back = partial(lloyd_max_quantize, book=book), partial(lloyd_max_levels, book=book)
     return Codec(id, book.bits, there, back)
+
+
+def _projected(id: int, name: str) -> Codec:
+    """Of the residual of the codec `name`."""
+    book = CODEBOOKS[name]
+    return _Projected(id, book.bits + 1, partial(qjl_quantize, book=book), partial(lloyd_max_levels, book=book))
 
 
 def _blocks(id: int, bits: int, rotated: bool = False) -> Codec:
@@ -167,6 +204,9 @@ CODECS: dict[str, Codec] = {
     "kivi4": _kivi(17, 4),
     "tcq2.5": _trellis(18, 2.5),
     "tcq3.5": _trellis(19, 3.5),
+    "tqp2": _projected(20, "tq1"),
+    "tqp3": _projected(21, "tq2"),
+    "tqp4": _projected(22, "tq3"),
 }
 """Every codec that quantizes, by name."""
 

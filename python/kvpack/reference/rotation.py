@@ -16,24 +16,26 @@ from numpy.typing import NDArray
 
 from .hadamard import hadamard_transform
 
-__all__ = ["rotate", "sign_words", "signs"]
+__all__ = ["rotate", "sign_words", "signs", "splitmix64"]
 
-MASK64 = 2**64 - 1
 SEED = 0x6B76_7061_636B_0000  # "kvpack" in ASCII, shifted left by 16 bits; the head size is added
 
 
+def splitmix64(seed: int, count: int) -> NDArray[np.uint64]:
+    """The first words of splitmix64 (Steele, Lea, Flood 2014) from the state `seed`."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E37_79B9_7F4A_7C15)
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58_476D_1CE4_E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D0_49BB_1331_11EB)
+        return z ^ z >> np.uint64(31)
+
+
 def sign_words(d: int) -> list[int]:
-    """The ceil(d / 64) words of splitmix64 (Steele, Lea, Flood 2014) that hold the signs for head size d.
+    """The ceil(d / 64) words of splitmix64 that hold the signs for head size d.
 
     The signs of dims 64 w ... 64 w + 63 are the bits 0 ... 63 of word w; a set bit means -1.
     """
-    words, state = [], SEED + d
-    for _ in range((d + 63) // 64):
-        state = (state + 0x9E37_79B9_7F4A_7C15) & MASK64
-        z = state
-        z = ((z ^ z >> 30) * 0xBF58_476D_1CE4_E5B9) & MASK64
-        z = ((z ^ z >> 27) * 0x94D0_49BB_1331_11EB) & MASK64
-        words.append(z ^ z >> 31)
+    words: list[int] = splitmix64(SEED + d, (d + 63) // 64).tolist()
     return words
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .codebooks import Codebook
-from .rotated import GAINS, SCALE_RULES, Mean, match, squared_error, to_rotated
+from .rotated import GAINS, SCALE_RULES, Mean, Rotated, match, squared_error, to_rotated
 
-__all__ = ["assign", "lloyd_max_levels", "lloyd_max_quantize"]
+__all__ = ["assign", "lloyd_max_code", "lloyd_max_levels", "lloyd_max_quantize"]
 
 F32 = NDArray[np.float32]
 Codes = NDArray[np.uint8]
@@ -29,15 +29,12 @@ def assign(z: F32, book: Codebook) -> Codes:
     return np.where(np.signbit(z), np.uint8(half - 1) - magnitude, np.uint8(half) + magnitude)
 
 
-def lloyd_max_quantize(
-    x: F32, side: str, rule: str, search: bool, mean: Mean | None, *, book: Codebook
-) -> tuple[Codes, F32]:
-    """x float32 [n, 64, d] -> codes [n, 64, d], scales float32 [n, 64, 1].
+def lloyd_max_code(rotated: Rotated, rule: str, search: bool, book: Codebook) -> tuple[Codes, F32]:
+    """Codes [n, 64, d] and float32 scales [n, 64, 1] of vectors in the rotated domain; x' is what the scales are of.
 
     The scale multiplies the integer level, in the domain of the orthonormal rotation. With `search`, the gain of z
     that leaves the least squared error after the scale rule is taken; 1, then the first, where they are equal.
     """
-    rotated = to_rotated(x, mean)
     codes = assign(rotated.z(np.float32(1)), book)
     best = match(rotated, book.levels[codes], book.unit)
     scale = SCALE_RULES[rule](best)
@@ -51,7 +48,16 @@ def lloyd_max_quantize(
             better = other_error < error
             codes = np.where(better, other_codes, codes)
             scale, error = np.where(better, other_scale, scale), np.where(better, other_error, error)
-    return np.where(rotated.live, codes, np.uint8(len(book.positive))), rotated.stored(scale)
+    return np.where(rotated.live, codes, np.uint8(len(book.positive))), scale
+
+
+def lloyd_max_quantize(
+    x: F32, side: str, rule: str, search: bool, mean: Mean | None, *, book: Codebook
+) -> tuple[Codes, F32]:
+    """x float32 [n, 64, d] -> codes [n, 64, d], scales float32 [n, 64, 1]."""
+    rotated = to_rotated(x, mean)
+    codes, scale = lloyd_max_code(rotated, rule, search, book)
+    return codes, rotated.stored(scale)
 
 
 def lloyd_max_levels(codes: Codes, side: str, *, book: Codebook) -> NDArray[np.int8]:

@@ -1,0 +1,87 @@
+// How a call of attend is cut into work items, and where they lie in its workspace: queries of the blocks of rows, then
+// what the items leave behind.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "kernels/table.h"
+#include "kvpack/attend.h"
+
+namespace kvpack {
+
+constexpr size_t align_up(size_t n) { return (n + 63) & ~size_t{63}; }
+
+struct Plan {
+  const AttendParams& p;
+  RecordLayout record;
+  CodecInfo key, value;
+  int64_t group, rows, block_rows, row_blocks, chunks, chunk_tiles;
+  int64_t packed = 0;  // tokens in tiles
+  int32_t out_width;   // floats per row of output: coded values, then plain ones where the value codec is rotated
+  bool key_mean, value_mean;
+  size_t query_bytes, rotated_bytes, level_bytes, state_bytes, out_bytes;
+
+  explicit Plan(const AttendParams& params)
+      : p(params),
+        record{layout_of(p.key_codec, p.key_dim, Side::key), layout_of(p.value_codec, p.value_dim, Side::value)},
+        key(codecs()[static_cast<size_t>(CodecCode::unpack(p.key_codec).id)]),
+        value(codecs()[static_cast<size_t>(CodecCode::unpack(p.value_codec).id)]) {
+    if (p.kv_heads <= 0 || p.query_heads % p.kv_heads != 0)
+      throw std::invalid_argument("attend: " + std::to_string(p.query_heads) + " query heads are not a multiple of " +
+                                  std::to_string(p.kv_heads) + " KV heads");
+    group = p.query_heads / p.kv_heads;
+    for (int64_t t = 0; t < p.tiles; ++t) packed += p.counts[t];
+    rows = group * p.query_tokens;
+    block_rows = rows < kRowBlock ? rows : kRowBlock;
+    row_blocks = block_rows == 0 ? 0 : (rows + block_rows - 1) / block_rows;
+    const bool split = p.batch * p.kv_heads * row_blocks < kEnoughItems && p.tiles > kChunkTiles;
+    chunks = split ? (p.tiles + kChunkTiles - 1) / kChunkTiles : 1;
+    chunk_tiles = split ? kChunkTiles : p.tiles;
+    out_width = static_cast<int32_t>(value.rotated ? record.value.width() + p.value_dim : p.value_dim);
+    const auto n = static_cast<size_t>(block_rows), d = static_cast<size_t>(p.key_dim);
+    key_mean = record.key.center != Center::none;
+    value_mean = record.value.center != Center::none;
+    query_bytes = align_up(n * d * 4);
+    rotated_bytes = key_mean ? query_bytes : 0;
+    level_bytes = n * static_cast<size_t>(record.key.parts) * sizeof(QueryRow);
+    state_bytes = align_up(n * sizeof(SoftmaxRow));
+    out_bytes = align_up(n * static_cast<size_t>(out_width) * 4);
+  }
+  int64_t blocks() const { return p.batch * p.kv_heads * row_blocks; }
+  int64_t items() const { return blocks() * chunks; }
+  size_t block_bytes() const { return query_bytes + rotated_bytes + level_bytes; }
+  size_t item_bytes() const { return state_bytes + out_bytes; }
+  size_t bytes() const {
+    return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(items()) * item_bytes();
+  }
+};
+
+// The queries of one block of rows, shared by its items.
+struct Queries {
+  float* query;      // [rows][key_dim], times scale * log2(e)
+  float* rotated;    // the same in the rotated domain, where keys are centred
+  QueryRow* levels;  // [part][rows], transformed and quantized
+  int64_t rows;
+  Queries(const Plan& plan, uint8_t* workspace, int64_t block) {
+    uint8_t* at = workspace + static_cast<size_t>(block) * plan.block_bytes();
+    query = reinterpret_cast<float*>(at);
+    rotated = reinterpret_cast<float*>(at + plan.query_bytes);
+    levels = reinterpret_cast<QueryRow*>(at + plan.query_bytes + plan.rotated_bytes);
+    rows = plan.block_rows;
+  }
+  QueryRow* levels_of(int32_t part) const { return levels + part * rows; }
+};
+
+// What one item leaves behind.
+struct Partial {
+  SoftmaxRow* state;
+  float* out;
+  Partial(const Plan& plan, uint8_t* workspace, int64_t item) {
+    uint8_t* at = workspace + static_cast<size_t>(plan.blocks()) * plan.block_bytes() +
+                  static_cast<size_t>(item) * plan.item_bytes();
+    state = reinterpret_cast<SoftmaxRow*>(at);
+    out = reinterpret_cast<float*>(at + plan.state_bytes);
+  }
+};
+
+}  // namespace kvpack

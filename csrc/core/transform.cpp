@@ -1,0 +1,74 @@
+#include "core/transform.h"
+
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <numbers>
+#include <vector>
+
+#include "core/splitmix.h"
+
+namespace kvpack {
+namespace {
+
+// Entries are integers: 32 times a normal variable, rounded.
+struct Entries {
+  struct alignas(64) Line {
+    float value[16];
+  };
+  std::once_flag once;
+  std::vector<Line> lines;
+  Projection projection{};
+
+  void make(int32_t d) {
+    std::array<long, 127> borders;
+    for (size_t k = 0; k < borders.size(); ++k)
+      borders[k] = std::lround(32768 * std::erf((static_cast<double>(k) + 0.5) / 32 / std::numbers::sqrt2));
+    lines.resize(static_cast<size_t>(d * d) / 16);
+    float* columns = lines.data()->value;
+    SplitMix64 random{0x716a6c70726f8000ULL + static_cast<uint64_t>(d)};
+    uint64_t word = 0;
+    double squares = 0;
+    for (int32_t i = 0; i < d; ++i)
+      for (int32_t j = 0; j < d; ++j) {
+        word = j % 4 == 0 ? random.next() : word >> 16;
+        const auto uniform = static_cast<long>(word & 0x7fff);
+        float size = 0;
+        for (const long border : borders) size += uniform >= border ? 1.0F : 0.0F;
+        columns[j * d + i] = (word & 0x8000) != 0 ? -size : size;
+        squares += size * size;
+      }
+    projection = {columns, static_cast<float>(std::sqrt(std::numbers::pi / 2 * d / squares))};
+  }
+};
+
+}  // namespace
+
+const Projection& projection_of(int32_t head_dim) {
+  static std::array<Entries, std::size(kHeadDims)> all;
+  size_t i = 0;
+  while (kHeadDims[i] != head_dim) ++i;
+  std::call_once(all[i].once, [&] { all[i].make(head_dim); });
+  return all[i].projection;
+}
+
+void to_parts(const KernelTable& k, const CodecInfo& codec, int32_t d, const float* x, float* out) {
+  std::memcpy(out, x, static_cast<size_t>(d) * 4);
+  if (codec.rotated) k.rotate(out, 1, d, rotation_signs(d), false);
+  if (!codec.projected) return;
+  const Projection& p = projection_of(d);
+  k.project(p.columns, out, out + d, d);
+  for (int32_t i = 0; i < d; ++i) out[d + i] *= p.worth / kSignLevel;
+}
+
+void from_parts(const KernelTable& k, const CodecInfo& codec, int32_t d, float* x) {
+  if (codec.projected) {
+    const Projection& p = projection_of(d);
+    for (int32_t i = 0; i < d; ++i) x[d + i] *= p.worth / kSignLevel;
+    k.project_back(p.columns, x + d, x, d);
+  }
+  if (codec.rotated) k.rotate(x, 1, d, rotation_signs(d), true);
+}
+
+}  // namespace kvpack
