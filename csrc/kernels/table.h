@@ -34,7 +34,7 @@ struct ScoreArgs {
   const uint8_t* ahead;  // same section of a tile to come, prefetched line by line
   float* scores;         // [group][kTile], log2 units
   int32_t head_dim, levels;
-  bool add;  // to the scores of the part before
+  bool add = false;  // to the scores of the part before
 };
 
 struct SoftmaxArgs {

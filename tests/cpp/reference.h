@@ -244,7 +244,7 @@ inline Matrix decode(const ConstTileSide& tile, int64_t codec, int d, Side side)
       x(t, i) *= half(tile.scales[i / per_scale * kTile + t]);
       if (code.center != Center::none) x(t, i) += half(*tile.mean_scale) * tile.mean[i];
     }
-  if (info.projected) x += residuals(tile.codes + 8 * d * first.bits, tile.scales + kTile, d, side);
+  if (info.projected) x += residuals(tile.codes + static_cast<int>(8 * d * first.bits), tile.scales + kTile, d, side);
   return info.rotated ? Matrix(x * rotation(d)) : x;
 }
 
