@@ -131,7 +131,7 @@ template <class Codec>
 void decode_asymmetric(const kvpack::DecodeArgs& a) {
   using namespace kvpack;
   const int d = a.head_dim, zeros = scale_rows_of<Codec>(a.side, d) * kTile / 2;
-  unpack_codes<Codec::kBits, false>(a.tile.codes, d, a.side, a.scratch);
+  unpack_codes<static_cast<int>(2 * Codec::kBits), false>(a.tile.codes, d, a.side, a.scratch);
   for (int t = 0; t < kTile; ++t)
     for (int i = 0; i < d; ++i) {
       const int at = a.side == Side::key ? t / (kTile / kKeyGroups) * d + i : i / Codec::kScaleBlock * kTile + t;
