@@ -5,28 +5,29 @@
 #include <cstring>
 #include <mutex>
 #include <numbers>
-#include <vector>
 
 #include "core/splitmix.h"
 
 namespace kvpack {
 namespace {
 
+// Matrices of all head sizes, one after the other. Not on the heap: the first tile of a thread must not allocate.
+constexpr size_t matrix_at(size_t head_size) {
+  size_t at = 0;
+  for (size_t i = 0; i < head_size; ++i) at += static_cast<size_t>(kHeadDims[i] * kHeadDims[i]);
+  return at;
+}
+alignas(64) float matrices[matrix_at(std::size(kHeadDims))];
+
 // Entries are integers: 32 times a normal variable, rounded.
 struct Entries {
-  struct alignas(64) Line {
-    float value[16];
-  };
   std::once_flag once;
-  std::vector<Line> lines;
   Projection projection{};
 
-  void make(int32_t d) {
+  void make(int32_t d, float* columns) {
     std::array<long, 127> borders;
     for (size_t k = 0; k < borders.size(); ++k)
       borders[k] = std::lround(32768 * std::erf((static_cast<double>(k) + 0.5) / 32 / std::numbers::sqrt2));
-    lines.resize(static_cast<size_t>(d * d) / 16);
-    float* columns = lines.data()->value;
     SplitMix64 random{0x716a6c70726f8000ULL + static_cast<uint64_t>(d)};
     uint64_t word = 0;
     double squares = 0;
@@ -49,7 +50,7 @@ const Projection& projection_of(int32_t head_dim) {
   static std::array<Entries, std::size(kHeadDims)> all;
   size_t i = 0;
   while (kHeadDims[i] != head_dim) ++i;
-  std::call_once(all[i].once, [&] { all[i].make(head_dim); });
+  std::call_once(all[i].once, [&] { all[i].make(head_dim, matrices + matrix_at(i)); });
   return all[i].projection;
 }
 
