@@ -12,14 +12,50 @@
 
 namespace {
 
+// G query rows, one after the other.
+template <auto kernel, int G>
+void score_in_turn(const kvpack::ScoreArgs& a) {
+  for (int g = 0; g < G; ++g) {
+    kvpack::ScoreArgs one = a;
+    one.rows = a.rows + g;
+    one.query = a.query + g * a.head_dim;
+    one.scores = a.scores + g * kvpack::kTile;
+    kernel(one);
+  }
+}
+template <auto kernel, int G>
+void accumulate_in_turn(const kvpack::AccumulateArgs& a) {
+  for (int g = 0; g < G; ++g) {
+    kvpack::AccumulateArgs one = a;
+    one.probs = a.probs + g * kvpack::kTile;
+    one.out = a.out + g * a.out_stride;
+    kernel(one);
+  }
+}
+
+template <class S, class Codec, int G>
+constexpr auto score_of() {
+  if constexpr (Codec::kElements)
+    return exact_score<S, kvpack::Dtype::e4m3, G>;
+  else
+    return score<S, typename kvpack::ReadAs<Codec>::type, G>;
+}
+template <class S, class Codec, int G>
+constexpr auto accumulate_of() {
+  if constexpr (Codec::kElements)
+    return accumulate_e4m3<S, G>;
+  else
+    return accumulate<S, typename kvpack::ReadAs<Codec>::type, G>;
+}
+
 template <class S, class Codec, int G>
 constexpr void emit_group(kvpack::KernelTable& t, int id) {
-  if constexpr (Codec::kElements) {
-    t.score[id][G - 1] = exact_score<S, kvpack::Dtype::e4m3, G>;
-    t.accumulate[id][G - 1] = accumulate_e4m3<S, G>;
+  if constexpr (G <= S::kGroup) {
+    t.score[id][G - 1] = score_of<S, Codec, G>();
+    t.accumulate[id][G - 1] = accumulate_of<S, Codec, G>();
   } else {
-    t.score[id][G - 1] = score<S, typename kvpack::ReadAs<Codec>::type, G>;
-    t.accumulate[id][G - 1] = accumulate<S, typename kvpack::ReadAs<Codec>::type, G>;
+    t.score[id][G - 1] = score_in_turn<score_of<S, Codec, 1>(), G>;
+    t.accumulate[id][G - 1] = accumulate_in_turn<accumulate_of<S, Codec, 1>(), G>;
   }
 }
 

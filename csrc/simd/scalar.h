@@ -5,6 +5,7 @@
 //
 //   I, F, Code            integer vector, float vector, level bytes in the form that dot() wants
 //   kLanes                floats (= dwords) per vector
+//   kGroup                query rows that share one unpacking of a tile; those of a larger group take turns
 //   kAccumulators         integer accumulators that fit in registers beside tables and operands
 //   kProbMax              largest byte of a quantized probability (127 where the dot product is signed by signed)
 //   kKeyOffset            added to key levels in tables (128 where the dot product takes unsigned codes)
@@ -46,7 +47,8 @@ struct Scalar {
   using I = uint32_t;
   using F = float;
   using Code = uint32_t;
-  static constexpr int kLanes = 1, kAccumulators = 4, kProbMax = 255, kKeyOffset = 0, kOperandDwords = 1;
+  // One row at a time: code for four would be most of what there is to compile.
+  static constexpr int kLanes = 1, kGroup = 1, kAccumulators = 4, kProbMax = 255, kKeyOffset = 0, kOperandDwords = 1;
 
   static I load_bytes(const uint8_t* p) {
     I v;

@@ -302,7 +302,7 @@ TEST(partial_tiles_are_filled_with_zeros) {
     for (const int32_t d : kHeadDims)
       for (const Side side : kSides)
         for (const int tokens : {1, 63, 64}) {
-          if (inputs::skip(code, d)) continue;
+          if (inputs::skip(code, d) || (check::slow() && tokens != 63)) continue;
           const check::Context context(label(code, d, side), " tokens ", tokens);
           auto x = hard_vectors(d, 99);
           const auto partial = inputs::encode({x.begin(), x.begin() + tokens * d}, code, d, side, tokens);
