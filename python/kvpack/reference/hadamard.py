@@ -2,8 +2,8 @@
 
     index i = r * 2^a + c          row r of H_m, column c of the Walsh-Hadamard part
 
-H_12 and H_20 are of Paley's first construction (q = 11 and 19), H_28 and H_36 are of his second (q = 13 and 17). With Q[a, b] the
-Legendre symbol of (b - a) mod q, 1 a vector of ones and (x) the Kronecker product:
+H_12 and H_20 are of Paley's first construction (q = 11 and 19), H_28 and H_36 are of his second (q = 13 and 17). With
+Q[a, b] the Legendre symbol of (b - a) mod q, 1 a vector of ones and (x) the Kronecker product:
 
     first, q = 3 mod 4      H_(q+1)  = I + [[0, 1], [-1, Q]]
     second, q = 1 mod 4     H_2(q+1) = [[0, 1], [1, Q]] (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]]

@@ -82,7 +82,7 @@ def to_rotated(x: F32, mean: Mean | None) -> Rotated:
 
 
 def average_of(x: F32) -> tuple[F32, NDArray[np.int32], NDArray[np.bool_]]:
-    """(mean, e, live) of tiles float32 [n, 64, d]: of the vectors x 2^-e that are not all zeros; live: there are any."""
+    """(mean, e, live) of tiles float32 [n, 64, d]: of vectors x 2^-e that are not all zeros; live: there are any."""
     tokens = np.count_nonzero(np.any(x != 0, axis=-1), axis=1)
     peak = np.max(np.abs(x), axis=(1, 2))
     live = tokens > 0

@@ -74,7 +74,7 @@ def gather(x: NDArray[Float], maps: Codes) -> NDArray[Float]:
 def split_quantize(
     x: F32, side: str, rule: str, search: bool, mean: Mean | None, *, books: tuple[Codebook, Codebook]
 ) -> tuple[Codes, F32]:
-    """Gathered x float32 [n, 64, d] -> codes [n, 64, d], scales float32 [n, 64, 2]: each part as a vector of its own."""
+    """Gathered x float32 [n, 64, d] -> codes [n, 64, d], scales float32 [n, 64, 2]: each part for itself."""
     first = part_sizes(x.shape[-1])[0]
     means = [None, None] if mean is None else [(levels, mean[1]) for levels in np.split(mean[0], [first], axis=-1)]
     parts = np.split(x, [first], axis=-1)
