@@ -4,8 +4,8 @@
     python tests/cpp/make_golden.py --check    exit with 1 if it is out of date
 
 One line per codec code, side and head size: the hash of all bytes of `inputs(d)` (tests/golden/make.py), encoded,
-uint8 [2, 3 tiles, side_bytes], followed by those of its means and maps, uint8 [2, n, entry]. The last line is of pages: the
-records of tq4 keys and tq3 values, head_dim 128.
+uint8 [2, 3 tiles, side_bytes], followed by those of its means and maps, uint8 [2, n, entry]. The last line is of pages:
+the records of tq4 keys and tq3 values, head_dim 128.
 """
 
 import importlib.util

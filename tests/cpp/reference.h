@@ -220,7 +220,7 @@ inline Matrix residuals(const uint8_t* codes, const uint16_t* sizes, int d, Side
 inline int outliers(int d) { return 16 * static_cast<int>(std::nearbyint(d / 64.0)); }
 
 // Tiles of split codecs: two vectors of Lloyd-Max codes, of the channels in the map and of those that are not.
-inline Matrix split(const ConstTileSide& tile, const CodecInfo& info, int d, Side side) {
+inline Matrix split(const ConstTileSide& tile, const CodecInfo& info, Center center, int d, Side side) {
   Matrix x(kTile, d);
   const uint8_t* codes = tile.codes;
   int first = 0;
@@ -233,7 +233,7 @@ inline Matrix split(const ConstTileSide& tile, const CodecInfo& info, int d, Sid
     for (int t = 0; t < kTile; ++t)
       for (int i = 0; i < dims; ++i) {
         y(t, i) = level(own, code_at(codes, bits, side, dims, t, i)) * half(tile.scales[part * kTile + t]);
-        if (tile.mean != nullptr) y(t, i) += half(*tile.mean_scale) * tile.mean[first + i];
+        if (center != Center::none) y(t, i) += half(*tile.mean_scale) * tile.mean[first + i];
       }
     y = y * rotation(dims);
     const bool none = std::all_of(tile.map, tile.map + d / 8, [](uint8_t b) { return b == 0; });
@@ -252,7 +252,7 @@ inline Matrix split(const ConstTileSide& tile, const CodecInfo& info, int d, Sid
 inline Matrix decode(const ConstTileSide& tile, int64_t codec, int d, Side side) {
   const CodecCode code = CodecCode::unpack(codec);
   const CodecInfo& info = inputs::info_of(codec);
-  if (info.split) return split(tile, info, d, side);
+  if (info.split) return split(tile, info, code.center, d, side);
   const CodecInfo& first = first_part(info);
   const int per_scale = info.scale_block == 0 ? d : info.scale_block;
   Matrix x(kTile, d);

@@ -172,7 +172,7 @@ TEST(first_bad_token_of_either_part_is_named) {
       x[static_cast<size_t>(9 * d + i)] = i < reference::outliers(d) ? 1e30F : 0.0F;
       x[static_cast<size_t>(5 * d + i)] = i < reference::outliers(d) ? 0.0F : 1e30F;
     }
-    CHECK_THROWS(inputs::encode(x, code_of(info, Center::none), d, side), "token 5 ", info.name);
+    CHECK_THROWS(inputs::encode(x, code_of(info, Center::none), d, side), "token 5 ", std::string(info.name));
     x[static_cast<size_t>(40 * d)] = INFINITY;
     x[static_cast<size_t>(30 * d + d - 1)] = INFINITY;
     CHECK_THROWS(inputs::encode(x, code_of(info, Center::none), d, side), "NaN or Inf", "token 30 ");

@@ -5,6 +5,7 @@ codes and the same scales, bit for bit. No operation may be contracted (FMA), re
 zero. Decoders are specified in float64.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -155,28 +156,23 @@ def means(
     return levels, np.where(there[..., 0], np.take_along_axis(scales, first, axis=-1), np.float16(0))
 
 
-def _of_tiles(entries: NDArray[Any], tiles: int) -> NDArray[Any]:
-    """What each tile has, [n, ...], of entries [rows, tiles or groups of 4 of them, ...]."""
-    if entries.shape[1] != tiles:
-        entries = entries[:, np.arange(tiles) // 4]
-    return entries.reshape(-1, *entries.shape[2:])
+def _of_tiles(entries: NDArray[Any], tiles: int, axis: int) -> NDArray[Any]:
+    """What each tile has, [n, ...], of entries whose `axis` counts tiles, or groups of 4 of them."""
+    index = np.arange(tiles) if entries.shape[axis] == tiles else np.arange(tiles) // 4
+    each = np.take(entries, index, axis)
+    rest = each.shape[axis + 1 :] if axis + 1 else ()
+    return each.reshape(each.size // max(math.prod(rest), 1), *rest)
 
 
 def _mean_of_tiles(mean: tuple[NDArray[np.int8], F16], tiles: int) -> Mean:
     """The mean of each tile: levels [n, d], scales [n]."""
-    levels, scales = mean
-    *_, n, d = levels.shape
-    return _of_tiles(levels.reshape(-1, n, d), tiles), _of_tiles(scales.reshape(-1, n), tiles)
-
-
-def _maps_of_tiles(known: Codes, tiles: int) -> Codes:
-    return _of_tiles(known.reshape(-1, *known.shape[-2:]), tiles)
+    return _of_tiles(mean[0], tiles, -2), _of_tiles(mean[1], tiles, -1)
 
 
 def _gathered(x: NDArray[Any], codec: Codec, known: Codes) -> F32:
     """The tiles float32 [n, 64, d] of x [..., tokens, d], the channels in the order of the parts."""
     rows: F32 = _tiles(x).astype(np.float32)
-    return gather(rows, _maps_of_tiles(known, -(-x.shape[-2] // 64))) if codec.split else rows
+    return gather(rows, _of_tiles(known, -(-x.shape[-2] // 64), -2)) if codec.split else rows
 
 
 def quantize(
@@ -243,5 +239,5 @@ def dequantize(
     if mean is not None and mean[0].shape[-2]:
         levels, steps = _mean_of_tiles(mean, tiles)
         x = x + (levels.astype(np.float64) * steps.astype(np.float64)[:, None])[:, None, :]
-    x = codec.from_domain(x, None if known is None else _maps_of_tiles(known, tiles))
+    x = codec.from_domain(x, None if known is None else _of_tiles(known, tiles, -2))
     return x.reshape(*lead, tiles * 64, d)[..., :tokens, :]
