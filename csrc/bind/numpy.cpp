@@ -102,6 +102,7 @@ py::list registry() {
     d["asymmetric"] = c.asymmetric;
     d["scale_block"] = c.scale_block;
     d["parts"] = c.parts;
+    d["split"] = c.split;
     d["what"] = std::string(c.what);
     d["source"] = std::string(c.source);
     all.append(d);
@@ -135,7 +136,7 @@ PYBIND11_MODULE(_core, m) {
       "mean_bytes",
       [](int64_t codec, int64_t d, int64_t side) {
         const SideLayout layout = layout_of(codec, d, side_of(side));
-        return static_cast<size_t>(layout.means()) * layout.mean_bytes();
+        return layout.page_means();
       },
       py::arg("codec"), py::arg("head_dim"), py::arg("side"));
   m.def(

@@ -7,6 +7,7 @@
 #include "codecs/lloyd_max.h"
 #include "codecs/qjl.h"
 #include "codecs/residual.h"
+#include "codecs/split.h"
 #include "codecs/tcq.h"
 
 namespace kvpack {

@@ -14,6 +14,7 @@
 //   First, Second  (optional) of a codec of two parts: the codecs whose kernels read them
 //   part_dims    (with them) the number of values of a part, by part and head size
 //   kProjected   the second part is signs of a projection of the residual (codecs/qjl.h)
+//   kSplit       the parts are channels of the vector, by a map of each row (codecs/split.h)
 //
 // Everything is constexpr: the same structs serve host and device code.
 #pragma once
@@ -30,7 +31,7 @@ struct LevelTable {
 struct CodecDefaults {
   static constexpr int32_t kScaleBlock = 0;
   static constexpr bool kRotated = false, kScaleRules = false, kSignedScales = false, kTrellis = false;
-  static constexpr bool kElements = false, kAsymmetric = false, kProjected = false;
+  static constexpr bool kElements = false, kAsymmetric = false, kProjected = false, kSplit = false;
   static constexpr double kUnit = 0.0;
   static constexpr LevelTable kLevels{};
 };

@@ -45,8 +45,20 @@ struct Block {
   int64_t query_head(int64_t row) const { return head * plan.group + (first_row + row) / p.query_tokens; }
   int64_t query_token(int64_t row) const { return (first_row + row) % p.query_tokens; }
 
+  // The map of the row's last page, null without one.
+  const uint8_t* map(Side side) const {
+    const SideLayout& s = side == Side::key ? plan.record.key : plan.record.value;
+    return s.map_bytes == 0 || p.tiles == 0 ? nullptr : part(p.tiles - 1) + plan.record.map(side);
+  }
+  // This KV head's part of the page of tile t.
+  const uint8_t* part(int64_t t) const {
+    const auto page = static_cast<uintptr_t>(p.table[batch * p.table_stride + t / kPageTiles]);
+    return reinterpret_cast<const uint8_t*>(page) + static_cast<size_t>(head) * plan.record.head_bytes();
+  }
+
   void prepare() const {
     const auto d = static_cast<int32_t>(p.key_dim);
+    const Transform transform(k, plan.key, plan.record.key, map(Side::key));
     for (int64_t r = 0; r < n_rows; ++r) {
       float* row = q.query + r * d;
       load_row(p.query.data + batch * p.query.batch + query_head(r) * p.query.head + query_token(r) * p.query.token,
@@ -54,7 +66,7 @@ struct Block {
       for (int32_t i = 0; i < d; ++i) row[i] *= p.scale * kLog2e;
       if (plan.key.bits == 0 || plan.key.elements || plan.key.asymmetric || p.tiles == 0) continue;
       alignas(64) float parts[kMaxParts * kMaxHeadDim];
-      to_parts(k, plan.key, d, row, parts);
+      transform.to_parts(row, parts);
       if (plan.key_mean) std::memcpy(q.rotated + r * d, parts, static_cast<size_t>(d) * 4);
       for (int32_t n = 0; n < plan.record.key.parts; ++n) {
         const CodePart& part = plan.record.key.part[n];
@@ -78,11 +90,6 @@ struct Item : Block {
         value_code(CodecCode::unpack(p.value_codec)),
         mask(pl.p, pl.packed) {}
 
-  // This KV head's part of the page of tile t.
-  const uint8_t* part(int64_t t) const {
-    const auto page = static_cast<uintptr_t>(p.table[batch * p.table_stride + t / kPageTiles]);
-    return reinterpret_cast<const uint8_t*>(page) + static_cast<size_t>(head) * plan.record.head_bytes();
-  }
   const uint8_t* tile(int64_t t) const { return part(t) + static_cast<size_t>(t % kPageTiles) * plan.record.bytes(); }
   static ConstTileSide section_of(const ConstTileSide& side, const CodePart& part) {
     return {side.codes + part.codes, side.scales + part.scales};
@@ -220,6 +227,7 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
   const FpControl flush(FpControl::Mode::flush);
   const AttendParams& p = plan.p;
   const Block rows(plan, k, workspace, block);
+  const Transform transform(k, plan.value, plan.record.value, rows.map(Side::value));
   const auto dv = static_cast<int32_t>(p.value_dim);
   alignas(64) float sum[(kMaxParts + 1) * kMaxHeadDim];
   for (int64_t r = 0; r < rows.n_rows; ++r) {
@@ -242,7 +250,7 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
     if (any) total += std::exp2(sink - max);
     if (plan.value.rotated && any) {
       const float* plain = sum + plan.record.value.width();
-      from_parts(k, plan.value, dv, sum);
+      transform.from_parts(sum);
       for (int32_t i = 0; i < dv; ++i) sum[i] += plain[i];
     }
     const float inverse = total > 0.0F ? 1.0F / total : 0.0F;

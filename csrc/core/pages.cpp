@@ -57,10 +57,12 @@ TileSide tile_at(const PageTable& table, const RecordLayout& record, Side side, 
   const bool key = side == Side::key;
   TileSide out{at + (key ? record.key_codes() : record.value_codes()),
                reinterpret_cast<uint16_t*>(at + (key ? record.key_scales() : record.value_scales()))};
-  if ((key ? record.key : record.value).center != Center::none) {
+  const SideLayout& layout = key ? record.key : record.value;
+  if (layout.center != Center::none) {
     out.mean = reinterpret_cast<int8_t*>(own + record.mean(side, tile % kPageTiles));
     out.mean_scale = reinterpret_cast<uint16_t*>(own + record.mean_scale(side, tile % kPageTiles));
   }
+  if (layout.map_bytes != 0) out.map = own + record.map(side);
   return out;
 }
 
@@ -93,24 +95,25 @@ struct EncodePages {
   }
   const SideLayout& side_layout(Side side) const { return side == Side::key ? record.key : record.value; }
 
-  // The mean of a row, frozen at its first tile with a token that is not all zeros (padding is), in every page.
-  void row_means(Side side, int64_t b, int64_t h) const {
+  // The mean of a row and its map, frozen at its first tile with a token that is not all zeros (padding is), in every
+  // page.
+  void freeze(Side side, int64_t b, int64_t h) const {
     const SideLayout& s = side_layout(side);
-    if (s.center != Center::mean) return;
+    if (!s.frozen()) return;
+    const bool mean = s.center == Center::mean;
     for (int64_t t = first_tile; t < first_tile + tiles; ++t) {
       const TileSide at = tile_at(table, record, side, b, h, t);
       if (t % kPageTiles == 0) {
-        std::memset(at.mean, 0, static_cast<size_t>(s.head_dim));
-        *at.mean_scale = 0;
-        if (t != 0) {
-          const TileSide before = tile_at(table, record, side, b, h, t - 1);
-          std::memcpy(at.mean, before.mean, static_cast<size_t>(s.head_dim));
-          *at.mean_scale = *before.mean_scale;
-        }
+        const auto d = static_cast<size_t>(s.head_dim);
+        const TileSide before = t == 0 ? at : tile_at(table, record, side, b, h, t - 1);
+        const auto take = [&](void* to, const void* from, size_t size) {
+          t == 0 ? std::memset(to, 0, size) : std::memcpy(to, from, size);
+        };
+        if (mean) take(at.mean, before.mean, d);
+        if (mean) take(at.mean_scale, before.mean_scale, sizeof *at.mean_scale);
+        if (s.map_bytes != 0) take(at.map, before.map, s.map_bytes);
       }
-      if (*at.mean_scale == 0)
-        encode_mean(rows(side, b, h, t - first_tile), kTile, codec(side), s.head_dim, side, at,
-                    (t - first_tile) * kTile);
+      freeze_row(rows(side, b, h, t - first_tile), kTile, codec(side), s.head_dim, side, at, (t - first_tile) * kTile);
     }
   }
   void tile(Side side, int64_t b, int64_t h, int64_t t) const {
@@ -125,10 +128,10 @@ void encode_pages(const PageTable& table, const PageLayout& layout, const Stride
                   Dtype dtype, int64_t first_tile, int64_t tiles, ParallelFor parallel) {
   const EncodePages call{table, layout, layout.record(), keys, values, dtype, first_tile, tiles};
   check_pages(table, first_tile + tiles);
-  if (call.record.key.center == Center::mean || call.record.value.center == Center::mean)
+  if (call.record.key.frozen() || call.record.value.frozen())
     for_each_tile(table.batch, layout.kv_heads, 1, parallel, [&](int64_t b, int64_t h, int64_t) {
-      call.row_means(Side::key, b, h);
-      call.row_means(Side::value, b, h);
+      call.freeze(Side::key, b, h);
+      call.freeze(Side::value, b, h);
     });
   for_each_tile(table.batch, layout.kv_heads, tiles, parallel, [&](int64_t b, int64_t h, int64_t t) {
     call.tile(Side::key, b, h, t);
@@ -153,8 +156,8 @@ void decode_pages(const PageTable& table, const PageLayout& layout, Side side, c
   for_each_tile(table.batch, layout.kv_heads, tiles, parallel, [&](int64_t b, int64_t h, int64_t t) {
     const TileSide at = tile_at(table, record, side, b, h, t);
     uint8_t* to = out + ((b * layout.kv_heads + h) * start.back() + start[static_cast<size_t>(t)]) * row_bytes;
-    decode_tile({at.codes, at.scales, at.mean, at.mean_scale}, key ? layout.key_codec : layout.value_codec, d, side,
-                counts[t], to, dtype, row_bytes);
+    decode_tile({at.codes, at.scales, at.mean, at.mean_scale, at.map}, key ? layout.key_codec : layout.value_codec, d,
+                side, counts[t], to, dtype, row_bytes);
   });
 }
 

@@ -24,6 +24,7 @@ constexpr std::array<CodecInfo, kCodecs> kInfo{{
    Traits::kScaleBlock,                              \
    TwoParts<Traits> ? 2 : 1,                         \
    Traits::kProjected,                               \
+   Traits::kSplit,                                   \
    what,                                             \
    source},
 #include "codecs/codecs.def"
@@ -55,6 +56,7 @@ void set_sections(SideLayout& s) {
     s.parts = 2;
     s.part[0] = {id_of<First>(), 0, dims, 0, 0};
     s.part[1] = {id_of<Second>(), dims, Codec::part_dims(1, d), kTile, code_bytes_of<First>(dims)};
+    if (Codec::kSplit) s.map_bytes = static_cast<size_t>(d / 8);
   }
 }
 constexpr std::array<void (*)(SideLayout&), kCodecs> kSections{{
@@ -93,7 +95,7 @@ SideLayout layout_of(int64_t codec, int64_t head_dim, Side side) {
   if (!info.rotated && code.center != Center::none) refuse("centring");
   if (info.bits != 0 && code.dtype != Dtype::f32) refuse("element dtype");
   const auto d = static_cast<int32_t>(head_dim);
-  SideLayout layout{info.bits, d, side, code.center, 0, 0, 1, {}};
+  SideLayout layout{info.bits, d, side, code.center, 0, 0, 1, {}, 0};
   kSections[static_cast<size_t>(code.id)](layout);
   if (info.bits == 0) layout.code_bytes = static_cast<size_t>(kTile * d) * static_cast<size_t>(dtype_bytes(code.dtype));
   return layout;

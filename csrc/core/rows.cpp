@@ -1,5 +1,5 @@
 // Rows of tokens standing alone, as the Python interface of codecs wants them: whole tiles one after the other, and the
-// means of centred codecs beside them.
+// means of centred codecs and the maps of split ones beside them.
 #include <cstring>
 
 #include "kvpack/codec.h"
@@ -17,10 +17,12 @@ struct Row {
   TileSide tile(int64_t t) const {
     uint8_t* at = tiles + t * static_cast<int64_t>(layout.bytes());
     TileSide side{at + layout.scale_bytes, reinterpret_cast<uint16_t*>(at)};
+    uint8_t* entry = mean(layout.mean_of(t));
     if (layout.center != Center::none) {
-      side.mean = reinterpret_cast<int8_t*>(mean(layout.mean_of(t)));
+      side.mean = reinterpret_cast<int8_t*>(entry);
       side.mean_scale = reinterpret_cast<uint16_t*>(side.mean + layout.head_dim);
     }
+    if (layout.map_bytes != 0) side.map = entry + layout.map_at();
     return side;
   }
 };
@@ -45,13 +47,13 @@ void encode_rows(const Vectors& x, int64_t n, int64_t tokens, int64_t codec, int
         body(t, Vectors{x.data + (i * tokens + first) * x.stride, x.dtype, x.stride}, count, first);
       }
     };
-    if (layout.center == Center::mean)
+    if (layout.frozen())
       each_tile([&](int64_t t, const Vectors& from, int32_t count, int64_t first) {
-        const int64_t group = layout.mean_of(t);
+        const int64_t entry = layout.mean_of(t);
         if (t == 0) std::memset(row.mean(0), 0, layout.mean_bytes());
-        if (t % kPageTiles == 0 && t != 0) std::memcpy(row.mean(group), row.mean(group - 1), layout.mean_bytes());
-        if (*row.tile(t).mean_scale == 0)  // no token so far that is not all zeros
-          encode_mean(from, count, codec, layout.head_dim, side, row.tile(t), first);
+        if (t != 0 && layout.mean_of(t - 1) != entry)
+          std::memcpy(row.mean(entry), row.mean(entry - 1), layout.mean_bytes());
+        freeze_row(from, count, codec, layout.head_dim, side, row.tile(t), first);
       });
     each_tile([&](int64_t t, const Vectors& from, int32_t count, int64_t first) {
       encode_tile(from, count, codec, layout.head_dim, side, row.tile(t), first);
@@ -69,7 +71,7 @@ void decode_rows(const PackedRows& packed, int64_t n, int64_t tokens, int64_t co
       const int64_t first = t * kTile;
       const auto count = static_cast<int32_t>(tokens - first < kTile ? tokens - first : kTile);
       const TileSide tile = row.tile(t);
-      decode_tile({tile.codes, tile.scales, tile.mean, tile.mean_scale}, codec, layout.head_dim, side, count,
+      decode_tile({tile.codes, tile.scales, tile.mean, tile.mean_scale, tile.map}, codec, layout.head_dim, side, count,
                   out + (i * tokens + first) * row_bytes, dtype, row_bytes);
     }
   }

@@ -1,10 +1,12 @@
 // Encode and decode of one side of one tile: gathers rows, calls the kernel of the codec, words the errors.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "core/fp_control.h"
+#include "core/split.h"
 #include "core/transform.h"
 #include "kernels/table.h"
 #include "kvpack/codec.h"
@@ -42,6 +44,8 @@ void store_row(const float* from, Dtype dtype, int32_t n, uint8_t* to) {
 
 namespace {
 
+bool is_split(CodecCode code) { return codecs()[static_cast<size_t>(code.id)].split; }
+
 const Projection* projection(CodecCode code, int32_t head_dim) {
   return codecs()[static_cast<size_t>(code.id)].projected ? &projection_of(head_dim) : nullptr;
 }
@@ -64,7 +68,7 @@ struct Scratch {
   // What an encoder needs. `tokens` rows, and zeros for the rest of the tile; whole tiles of floats stay where they
   // are.
   EncodeArgs args(const Vectors& from, int32_t tokens, CodecCode code, int32_t d, Side side, TileSide out) {
-    EncodeArgs a{x, d,    x,         out,         codes,           rotation_signs(d),
+    EncodeArgs a{x, d,    x,         out,         codes,           signs_of(d),
                  d, side, code.rule, code.search, workspace(code), projection(code, d)};
     if (tokens == kTile && from.dtype == Dtype::f32 && reinterpret_cast<uintptr_t>(from.data) % 4 == 0 &&
         from.stride % 4 == 0) {
@@ -147,23 +151,44 @@ void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_d
   const CodecCode code = CodecCode::unpack(codec);
   const FpControl ieee(FpControl::Mode::ieee);
   const KernelTable& k = kernels();
-  if (k.encode[code.id] == nullptr) return encode_exact(x, tokens, code, head_dim, side, out, first_token);
+  if (code.id == 0) return encode_exact(x, tokens, code, head_dim, side, out, first_token);
   Scratch s;
   const EncodeArgs args = s.args(x, tokens, code, head_dim, side, out);
-  if (code.center == Center::tile) {
-    const int32_t status = k.encode_mean(args);
-    if (status != 0) throw_status(status, code, side, first_token);
+  int32_t status = 0;
+  if (is_split(code)) {
+    const SideLayout layout = layout_of(codec, head_dim, side);
+    GatheredTile gathered;
+    gathered.gather(args, layout);
+    if (code.center == Center::tile) status = encode_mean_split(k, args, layout, gathered);
+    if (status == 0) status = encode_split(k, args, layout, gathered);
+  } else {
+    if (code.center == Center::tile) status = k.encode_mean(args);
+    if (status == 0) status = k.encode[code.id](args);
   }
-  const int32_t status = k.encode[code.id](args);
   if (status != 0) throw_status(status, code, side, first_token);
 }
 
-void encode_mean(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
-                 int64_t first_token) {
+void freeze_row(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
+                int64_t first_token) {
   const CodecCode code = CodecCode::unpack(codec);
+  const SideLayout layout = layout_of(codec, head_dim, side);
+  const bool map =
+      layout.map_bytes != 0 && std::all_of(out.map, out.map + layout.map_bytes, [](uint8_t b) { return b == 0; });
+  const bool mean = code.center == Center::mean && *out.mean_scale == 0;
+  if (!map && !mean) return;
   const FpControl ieee(FpControl::Mode::ieee);
   Scratch s;
-  const int32_t status = kernels().encode_mean(s.args(x, tokens, code, head_dim, side, out));
+  const EncodeArgs args = s.args(x, tokens, code, head_dim, side, out);
+  if (map) make_map(args, layout);
+  if (!mean) return;
+  int32_t status;
+  if (is_split(code)) {
+    GatheredTile gathered;
+    gathered.gather(args, layout);
+    status = encode_mean_split(kernels(), args, layout, gathered);
+  } else {
+    status = kernels().encode_mean(args);
+  }
   if (status != 0) throw_status(status, code, side, first_token);
 }
 
@@ -171,10 +196,16 @@ void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side,
                  Dtype dtype, ptrdiff_t stride) {
   const CodecCode code = CodecCode::unpack(codec);
   const KernelTable& k = kernels();
-  if (k.decode[code.id] != nullptr) {
+  if (code.id != 0) {
     const FpControl ieee(FpControl::Mode::ieee);
     Scratch s;
-    k.decode[code.id]({tile, s.x, s.codes, rotation_signs(head_dim), head_dim, side, projection(code, head_dim)});
+    const DecodeArgs args{tile, s.x, s.codes, signs_of(head_dim), head_dim, side, projection(code, head_dim)};
+    if (is_split(code)) {
+      GatheredTile gathered;
+      decode_split(k, args, layout_of(codec, head_dim, side), gathered);
+    } else {
+      k.decode[code.id](args);
+    }
     for (int32_t t = 0; t < tokens; ++t) store_row(s.x + t * head_dim, dtype, head_dim, out + t * stride);
     return;
   }

@@ -54,22 +54,46 @@ const Projection& projection_of(int32_t head_dim) {
   return all[i].projection;
 }
 
-void to_parts(const KernelTable& k, const CodecInfo& codec, int32_t d, const float* x, float* out) {
+Channels::Channels(const uint8_t* map, int32_t d) {
+  int32_t n = 0;
+  for (const bool outlier : {true, false})
+    for (int32_t i = 0; i < d; ++i)
+      if ((map != nullptr && (map[i / 8] >> (i % 8) & 1) != 0) == outlier) at[n++] = static_cast<uint8_t>(i);
+}
+
+Transform::Transform(const KernelTable& k, const CodecInfo& codec, const SideLayout& layout, const uint8_t* map)
+    : k_(k), codec_(codec), layout_(layout), channels_(map, codec.split ? layout.head_dim : 0) {}
+
+void Transform::to_parts(const float* x, float* out) const {
+  const int32_t d = layout_.head_dim;
+  if (codec_.split) {
+    for (int32_t i = 0; i < d; ++i) out[i] = x[channels_.at[i]];
+    for (const CodePart& part : layout_.part) k_.rotate(out + part.first, 1, part.dims, signs_of(part.dims), false);
+    return;
+  }
   std::memcpy(out, x, static_cast<size_t>(d) * 4);
-  if (codec.rotated) k.rotate(out, 1, d, rotation_signs(d), false);
-  if (!codec.projected) return;
+  if (codec_.rotated) k_.rotate(out, 1, d, signs_of(d), false);
+  if (!codec_.projected) return;
   const Projection& p = projection_of(d);
-  k.project(p.columns, out, out + d, d);
+  k_.project(p.columns, out, out + d, d);
   for (int32_t i = 0; i < d; ++i) out[d + i] *= p.worth / kSignLevel;
 }
 
-void from_parts(const KernelTable& k, const CodecInfo& codec, int32_t d, float* x) {
-  if (codec.projected) {
+void Transform::from_parts(float* x) const {
+  const int32_t d = layout_.head_dim;
+  if (codec_.split) {
+    alignas(64) float y[kMaxHeadDim];
+    std::memcpy(y, x, static_cast<size_t>(d) * 4);
+    for (const CodePart& part : layout_.part) k_.rotate(y + part.first, 1, part.dims, signs_of(part.dims), true);
+    for (int32_t i = 0; i < d; ++i) x[channels_.at[i]] = y[i];
+    return;
+  }
+  if (codec_.projected) {
     const Projection& p = projection_of(d);
     for (int32_t i = 0; i < d; ++i) x[d + i] *= p.worth / kSignLevel;
-    k.project_back(p.columns, x + d, x, d);
+    k_.project_back(p.columns, x + d, x, d);
   }
-  if (codec.rotated) k.rotate(x, 1, d, rotation_signs(d), true);
+  if (codec_.rotated) k_.rotate(x, 1, d, signs_of(d), true);
 }
 
 }  // namespace kvpack

@@ -61,7 +61,7 @@ constexpr void emit_group(kvpack::KernelTable& t, int id) {
 
 template <class S, class Codec>
 constexpr void emit_codec(kvpack::KernelTable& t, int id) {
-  if constexpr (Codec::kBits != 0) {
+  if constexpr (Codec::kBits != 0 && !Codec::kSplit) {  // the parts of split codecs are encoded apart
     t.encode[id] = encode<S, Codec>;
     t.decode[id] = decode<S, Codec>;
   }

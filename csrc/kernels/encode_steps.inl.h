@@ -6,12 +6,9 @@
 // Sums run in 16 lanes, multiply then add, and end in the tree l+8, l+4, l+2, l+1.
 #pragma once
 #include "kernels/fwht.inl.h"
-#include "simd/half.h"
+#include "kernels/powers.inl.h"
 
 namespace {
-
-// What an encoder reports for a vector: 0, or the reason why it cannot be coded.
-enum : int32_t { kCoded = 0, kNonFinite = 1, kScaleOverflow = 2 };
 
 // The status of a tile: that of the first vector that cannot be coded (EncodeArgs).
 inline void report(int32_t& status, int32_t outcome, int token) {
@@ -34,30 +31,6 @@ float max_abs(const float* x, int n, bool& finite) {
   const auto max = max_abs_lanes<S>(x, n);
   finite = is_finite<S>(max);
   return S::reduce_max(max);
-}
-
-// 2^n, -126 <= n <= 127.
-inline float two_to(int n) { return __builtin_bit_cast(float, static_cast<uint32_t>(n + 127) << 23); }
-
-// 2^-e with 2^e <= m < 2^(e+1), as two factors: the second is needed where 2^-e exceeds the float range.
-struct PowerOfTwo {
-  int e;
-  float down, down_again;
-  explicit PowerOfTwo(float m) {
-    const auto biased = static_cast<int>(__builtin_bit_cast(uint32_t, m) >> 23);
-    e = biased != 0 ? biased - 127 : -118 - __builtin_clz(__builtin_bit_cast(uint32_t, m));
-    // 2^-127, of the largest floats, is a denormal.
-    down = e > 126 ? 0x1p-127F : two_to(e < -127 ? 127 : -e);
-    down_again = e < -127 ? two_to(-e - 127) : 1.0F;
-  }
-};
-
-// scale * 2^e in fp16. Where e is clamped the result is far out of the range of fp16 anyway: scale is 0, or its own
-// exponent is small.
-inline int32_t store_scale(float scale, int e, uint16_t* out) {
-  const uint16_t half = float_to_half(scale * two_to(e < -126 ? -126 : e > 127 ? 127 : e));
-  *out = half;
-  return (half & 0x7c00U) == 0x7c00U ? kScaleOverflow : kCoded;
 }
 
 // A sum in 16 lanes: product(i) are those of the vector at i.

@@ -13,9 +13,11 @@ namespace {
 template <int D>
 const kvpack::HadamardSigns<D>& hadamard_signs() {
   static_assert(kvpack::hadamard_order(D) != 1);
+  if constexpr (D == 48) return kvpack::kHadamard48;
   if constexpr (D == 80) return kvpack::kHadamard80;
   if constexpr (D == 96) return kvpack::kHadamard96;
   if constexpr (D == 112) return kvpack::kHadamard112;
+  if constexpr (D == 144) return kvpack::kHadamard144;
   if constexpr (D == 160) return kvpack::kHadamard160;
   if constexpr (D == 192) return kvpack::kHadamard192;
 }
@@ -58,14 +60,18 @@ template <class S, int D, bool Transpose = false>
   if constexpr (kRow != D) hadamard_rows<S, D, Transpose>(v);
 }
 
-// Calls run.template operator()<D>() for the head sizes of the format.
+// Calls run.template operator()<D>() for the head sizes of the format, and the parts of split codecs.
 template <class Run>
 auto for_head_dim(int head_dim, Run&& run) {
   switch (head_dim) {
+    case 16: return run.template operator()<16>();
+    case 32: return run.template operator()<32>();
+    case 48: return run.template operator()<48>();
     case 64: return run.template operator()<64>();
     case 80: return run.template operator()<80>();
     case 96: return run.template operator()<96>();
     case 112: return run.template operator()<112>();
+    case 144: return run.template operator()<144>();
     case 160: return run.template operator()<160>();
     case 192: return run.template operator()<192>();
     case 128: return run.template operator()<128>();

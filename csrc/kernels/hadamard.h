@@ -1,6 +1,6 @@
-// Hadamard matrices of the head sizes d = m * 2^a, m one of 1, 12, 20, 28: H_d = H_m (x) H_2^a.
+// Hadamard matrices of the sizes d = m * 2^a, m one of 1, 12, 20, 28, 36: H_d = H_m (x) H_2^a.
 //
-// H_12 and H_20 are of Paley's first construction (q = 11, 19), H_28 is of his second (q = 13):
+// H_12 and H_20 are of Paley's first construction (q = 11, 19), H_28 and H_36 are of his second (q = 13, 17):
 //
 //   q = 3 mod 4:  H = I + [[0, 1], [-1, Q]]                                       order q + 1
 //   q = 1 mod 4:  H = [[0, 1], [1, Q]] (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]]   order 2 (q + 1)
@@ -11,9 +11,9 @@
 
 namespace kvpack {
 
-// The order m of the matrix of a head size.
-constexpr int32_t hadamard_order(int32_t head_dim) {
-  int32_t odd = head_dim;
+// The order m of the matrix of a size.
+constexpr int32_t hadamard_order(int32_t dims) {
+  int32_t odd = dims;
   while (odd % 2 == 0) odd /= 2;
   return odd == 1 ? 1 : 4 * odd;
 }
@@ -26,13 +26,13 @@ constexpr int legendre(int a, int q) {
   return a == 0 ? 0 : -1;
 }
 
-constexpr int32_t kMaxHadamardOrder = 28;
+constexpr int32_t kMaxHadamardOrder = 36;
 
-// H_m for m of 12, 20, 28; entries are 1 and -1.
+// H_m for m of 12, 20, 28, 36; entries are 1 and -1.
 struct HadamardMatrix {
   int8_t at[kMaxHadamardOrder][kMaxHadamardOrder] = {};
   constexpr explicit HadamardMatrix(int m) {
-    const bool second = m == 28;
+    const bool second = m == 28 || m == 36;
     const int q = second ? m / 2 - 1 : m - 1;
     for (int r = 0; r < m; ++r)
       for (int s = 0; s < m; ++s) {
@@ -66,9 +66,11 @@ struct HadamardSigns {
 };
 
 // In core/rotation.cpp: shared by all ISA units.
+extern const HadamardSigns<48> kHadamard48;
 extern const HadamardSigns<80> kHadamard80;
 extern const HadamardSigns<96> kHadamard96;
 extern const HadamardSigns<112> kHadamard112;
+extern const HadamardSigns<144> kHadamard144;
 extern const HadamardSigns<160> kHadamard160;
 extern const HadamardSigns<192> kHadamard192;
 

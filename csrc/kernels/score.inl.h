@@ -125,10 +125,11 @@ void score(const kvpack::ScoreArgs& a) {
         };
         const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();
         typename U::Carry carry[kInFlight];
+        const int last = end > 0 ? end - 1 : 0;  // 16 dims of 3 bits are less than a unit: there is none to read
         for (int v = 0; v < kInFlight; ++v)
           carry[v] = kDwords >= 8 && parts != 0
-                         ? unpack.start_shared(lane(end - 1, v), shared_lane(parts - 1, v), share(v))
-                         : unpack.start(lane(end - 1, v));
+                         ? unpack.start_shared(lane(last, v), shared_lane(parts - 1, v), share(v))
+                         : unpack.start(lane(last, v));
 #pragma GCC unroll 1
         for (int u = sb * units; u < end; ++u) {
           unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {

@@ -15,7 +15,7 @@ struct CodecInfo {
   bool elements, asymmetric;  // codes laid out as those of `exact`; scales are steps and zeros
   int32_t scale_block;        // dims per scale, 0: the whole vector
   int32_t parts;
-  bool projected;  // the second part is of the projected residual
+  bool projected, split;  // the second part is of the projected residual; the parts are channels, by a map
   std::string_view what, source;
 };
 
@@ -37,13 +37,15 @@ struct Vectors {
 
 // One side of one tile: `tokens` vectors, the rest of the tile filled with zeros. Throws on NaN and Inf, and where a
 // scale overflows fp16; `first_token` is added to token numbers in messages. Writes the mean of a side centred by tile;
-// reads that of a row.
+// reads that of a row, and its map.
 void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
                  int64_t first_token);
 
-// The mean of a tile's vectors (those that are not all zeros) to out.mean, scale 0 if there is none; throws likewise.
-void encode_mean(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
-                 int64_t first_token);
+// What is frozen at the first tile of a row with a vector that is not all zeros, from such a tile: the map of a split
+// codec to out.map, the mean of a side centred by row to out.mean; each unless it is there already (in a row so far
+// without, both are zeros). Throws likewise.
+void freeze_row(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_dim, Side side, TileSide out,
+                int64_t first_token);
 
 // One side of one tile to `tokens` vectors of `dtype`, row stride in bytes.
 void decode_tile(ConstTileSide tile, int64_t codec, int32_t head_dim, Side side, int32_t tokens, uint8_t* out,

@@ -38,7 +38,8 @@
 //
 //   means    int8 in the rotated domain, of the sides that are centred: | K means | V means | K scales | V scales |,
 //            each mean d bytes and an fp16 scale; four of a side centred by tile, one where the mean is the row's
-//            (every page of the row carries a copy); filled up to 64 bytes
+//            (every page of the row carries a copy); then the maps of split codecs (codecs/split.h), | K map | V map |,
+//            d / 8 bytes, copies in every page; all together filled up to 64 bytes
 #pragma once
 #include "kvpack/types.h"
 
@@ -98,16 +99,27 @@ struct SideLayout {
   size_t scale_bytes, code_bytes;
   int32_t parts;
   CodePart part[kMaxParts];
+  size_t map_bytes;  // of a split codec's map of channels, else 0
   constexpr int32_t width() const { return part[parts - 1].first + part[parts - 1].dims; }  // of the parts together
   constexpr size_t bytes() const { return scale_bytes + code_bytes; }
-  // Means of a page, and of `tiles` tiles standing alone; each is mean_bytes() with its scale.
+  // Means of a page; bytes of them with their scales, and of the map.
   constexpr int32_t means() const { return center == Center::tile ? kPageTiles : center == Center::mean ? 1 : 0; }
-  constexpr int64_t means_of(int64_t tiles) const {
-    return center == Center::tile ? tiles : center == Center::mean ? (tiles + kPageTiles - 1) / kPageTiles : 0;
+  constexpr size_t page_means() const {
+    return static_cast<size_t>(means()) * (static_cast<size_t>(head_dim) + 2) + map_bytes;
   }
-  constexpr size_t mean_bytes() const { return static_cast<size_t>(head_dim) + 2; }
-  // Which of them is the mean of a tile.
+  // Standing alone, `tiles` tiles have so many entries of a mean with its scale, if any, and the map.
+  constexpr int64_t means_of(int64_t tiles) const {
+    if (center == Center::tile) return tiles;
+    return center == Center::mean || map_bytes != 0 ? (tiles + kPageTiles - 1) / kPageTiles : 0;
+  }
+  constexpr size_t map_at() const {  // in an entry
+    return center == Center::none && map_bytes != 0 ? 0 : static_cast<size_t>(head_dim) + 2;
+  }
+  constexpr size_t mean_bytes() const { return map_at() + map_bytes; }
+  // Which of the means or entries is that of a tile.
   constexpr int64_t mean_of(int64_t tile) const { return center == Center::tile ? tile : tile / kPageTiles; }
+  // Whether the row's first tile decides about something.
+  constexpr bool frozen() const { return center == Center::mean || map_bytes != 0; }
 };
 
 // Offsets in the part of a page that belongs to one KV head.
@@ -120,11 +132,7 @@ struct RecordLayout {
   constexpr size_t bytes() const { return key.bytes() + value.bytes(); }
 
   constexpr size_t means() const { return kPageTiles * bytes(); }
-  constexpr size_t means_bytes() const {
-    const size_t size =
-        static_cast<size_t>(key.means()) * key.mean_bytes() + static_cast<size_t>(value.means()) * value.mean_bytes();
-    return (size + kLine - 1) / kLine * kLine;
-  }
+  constexpr size_t means_bytes() const { return (key.page_means() + value.page_means() + kLine - 1) / kLine * kLine; }
   constexpr size_t head_bytes() const { return means() + means_bytes(); }
   // The mean of a side that serves `slot`, and its scale.
   constexpr size_t mean(Side side, int64_t slot) const {
@@ -138,20 +146,26 @@ struct RecordLayout {
     const size_t keys = side == Side::key ? 0 : static_cast<size_t>(key.means());
     return means() + codes + 2 * (keys + static_cast<size_t>((side == Side::key ? key : value).mean_of(slot)));
   }
+  constexpr size_t map(Side side) const {
+    const size_t both = key.page_means() - key.map_bytes + value.page_means() - value.map_bytes;
+    return means() + both + (side == Side::key ? 0 : key.map_bytes);
+  }
 };
 
-// Pointers to the sections of one side of one tile; the mean is null where there is none.
+// Pointers to the sections of one side of one tile; the mean and the map are null where there is none.
 struct TileSide {
   uint8_t* codes;
   uint16_t* scales;
   int8_t* mean = nullptr;
   uint16_t* mean_scale = nullptr;
+  uint8_t* map = nullptr;
 };
 struct ConstTileSide {
   const uint8_t* codes;
   const uint16_t* scales;
   const int8_t* mean = nullptr;
   const uint16_t* mean_scale = nullptr;
+  const uint8_t* map = nullptr;
 };
 
 static_assert(CodeGrid{4, 64, 128}.superblock_bytes() == 4096 && CodeGrid{3, 128, 64}.line(1, 0, 0) == 1536);

@@ -17,6 +17,8 @@ constexpr int32_t kLine = 64;      // bytes of a line: the unit in which codes a
 constexpr int32_t kMaxHeadDim = 256;
 // Head sizes: 2^a times an order of a Hadamard matrix, 1, 12, 20 or 28. This release carries those in 64..256.
 constexpr int32_t kHeadDims[] = {64, 80, 96, 112, 128, 160, 192, 256};
+// What is rotated as one vector: heads, and the parts of split codecs (codecs/split.h).
+constexpr int32_t kRotatedDims[] = {16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 256};
 constexpr int32_t kMaxScaleBlocks = kMaxHeadDim / 32;
 constexpr int32_t kMaxParts = 2;
 

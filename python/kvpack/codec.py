@@ -48,7 +48,8 @@ class Packed:
     Attributes:
         data: uint8 ``[..., tiles, side_bytes]``, a NumPy array or a tensor, as the input was.
         means: uint8 ``[..., n, head_dim + 2]``, int8 levels and an fp16 scale each: one mean for a tile
-            (``center=tile``), one for four tiles (``center=mean``), else none.
+            (``center=tile``), one for four tiles (``center=mean``), else none. Split codecs (``tq2.5``, ``tq3.5``):
+            each followed by the map of the row's channels, ``head_dim / 8`` bytes; not centred, a map for four tiles.
         shape: shape of the input, ``[..., tokens, head_dim]``.
         dtype: dtype of the input.
         nonfinite: how many non-finite elements were replaced by zero (``KVPACK_NONFINITE=zero``).

@@ -51,6 +51,7 @@ class CodecInfo:
     asymmetric: bool
     scale_block: int
     parts: int
+    split: bool
     what: str
     source: str
 

@@ -276,7 +276,8 @@ class Problem {
       const auto section = [&](Side side, size_t codes, size_t scales) {
         return ConstTileSide{at + codes, reinterpret_cast<const uint16_t*>(at + scales),
                              reinterpret_cast<const int8_t*>(own + record.mean(side, slot)),
-                             reinterpret_cast<const uint16_t*>(own + record.mean_scale(side, slot))};
+                             reinterpret_cast<const uint16_t*>(own + record.mean_scale(side, slot)),
+                             own + record.map(side)};
       };
       const auto k = reference::decode(section(Side::key, record.key_codes(), record.key_scales()), c.key_codec,
                                        static_cast<int>(c.key_dim), Side::key);

@@ -62,25 +62,32 @@ class Bytes {
   uint8_t* data_;
 };
 
-// One side of one tile, standing alone, with a mean of its own where it is centred.
+// One side of one tile, standing alone, with a mean of its own where it is centred, and the map of a split codec.
 struct Tile {
   SideLayout layout;
   Bytes bytes, mean;
   Tile(int64_t codec, int32_t head_dim, Side side)
       : layout(layout_of(codec, head_dim, side)),
         bytes(layout.bytes()),
-        mean(layout.center == Center::none ? 0 : layout.mean_bytes()) {}
+        mean(layout.means_of(1) == 0 ? 0 : layout.mean_bytes()) {}
   TileSide sections() {
     TileSide out{bytes.data() + layout.scale_bytes, reinterpret_cast<uint16_t*>(bytes.data())};
     if (layout.center != Center::none) {
       out.mean = reinterpret_cast<int8_t*>(mean.data());
       out.mean_scale = reinterpret_cast<uint16_t*>(mean.data() + layout.head_dim);
     }
+    if (layout.map_bytes != 0) out.map = mean.data() + layout.map_at();
     return out;
   }
   ConstTileSide read() const {
     const TileSide side = const_cast<Tile*>(this)->sections();
-    return {side.codes, side.scales, side.mean, side.mean_scale};
+    return {side.codes, side.scales, side.mean, side.mean_scale, side.map};
+  }
+  // As the first tile of a row.
+  void freeze(const Vectors& x, int32_t tokens, int64_t codec, int64_t first_token = 0) {
+    if (!layout.frozen()) return;
+    std::memset(mean.data(), 0, mean.size());
+    freeze_row(x, tokens, codec, layout.head_dim, layout.side, sections(), first_token);
   }
   bool operator==(const Tile& other) const { return bytes == other.bytes && mean == other.mean; }
 };
@@ -155,13 +162,13 @@ inline std::vector<uint8_t> elements(const std::vector<float>& x, Dtype dtype) {
   return out;
 }
 
-// Encodes rows of float32, rounded to what the codec takes. The mean of a row is that of this tile.
+// Encodes rows of float32, rounded to what the codec takes. The mean of a row and its map are those of this tile.
 inline Tile encode(const std::vector<float>& x, int64_t code, int32_t d, Side side, int32_t tokens = kTile) {
   Tile tile(code, d, side);
   const Dtype dtype = input_dtype(code);
   const auto rows = elements(x, dtype);
   const Vectors vectors{rows.data(), dtype, static_cast<ptrdiff_t>(d) * dtype_bytes(dtype)};
-  if (tile.layout.center == Center::mean) encode_mean(vectors, tokens, code, d, side, tile.sections(), 0);
+  tile.freeze(vectors, tokens, code);
   encode_tile(vectors, tokens, code, d, side, tile.sections(), 0);
   return tile;
 }

@@ -4,8 +4,8 @@
     python tests/cpp/make_golden.py --check    exit with 1 if it is out of date
 
 One line per codec code, side and head size: the hash of all bytes of `inputs(d)` (tests/golden/make.py), encoded,
-uint8 [2, 3 tiles, side_bytes], followed by those of its means, uint8 [2, n, d + 2]. The last line is of pages: the
-records of tq4 keys and tq3 values, head_dim 128.
+uint8 [2, 3 tiles, side_bytes], followed by those of its means and maps, uint8 [2, n, entry]. The last line is of pages:
+the records of tq4 keys and tq3 values, head_dim 128.
 """
 
 import importlib.util
@@ -64,7 +64,9 @@ def lines() -> list[str]:
                 for d in make.head_sizes(name, option):
                     x = make.inputs(d)
                     x = make.as_elements(x, option) if exact else x
-                    digest = fnv1a(reference.encode(x, name, rule, reference.SIDES[side]))
+                    tiles = reference.encode(x, name, rule, reference.SIDES[side])
+                    means = reference.encode_means(x, name, "none", reference.SIDES[side])
+                    digest = fnv1a(np.append(tiles.ravel(), means.ravel()))
                     out.append(f"{{0x{code:05x}, {side}, {d}, 0x{digest:016x}ULL}},  // {name} {option}".rstrip())
     for name, center, search, d in make.OPTIONS:
         code = reference.codec_code(name, None, center=center, search=search)

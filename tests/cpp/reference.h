@@ -85,9 +85,9 @@ inline double e4m3(uint8_t code) {
   return (code & 0x80) != 0 ? -magnitude : magnitude;
 }
 
-// What reads the first part of a codec: tq1 of tqp2, and so on; codecs of one part are their own.
+// The Lloyd-Max codec in a codec of two parts: tq1 of tqp2, tq2 of tq2.5, and so on; codecs of one part are their own.
 inline const CodecInfo& first_part(const CodecInfo& info) {
-  const std::string name = "tq" + std::to_string(static_cast<int>(info.bits) - 1);
+  const std::string name = "tq" + std::to_string(static_cast<int>(info.bits) - (info.split ? 0 : 1));
   return info.parts == 1
              ? info
              : *std::find_if(codecs().begin(), codecs().end(), [&](const CodecInfo& c) { return c.name == name; });
@@ -155,15 +155,16 @@ inline int residue(int a, int q) {
   return power == q - 1 ? -1 : power;
 }
 
-// H_m(r, s) of the orders 1, 12, 20 (Paley's first construction) and 28 (his second).
+// H_m(r, s) of the orders 1, 12, 20 (Paley's first construction), 28 and 36 (his second).
 inline double order_m(int m, int r, int s) {
   if (m == 1) return 1;
   const auto bordered = [](int q, int corner, int a, int b) {
     return a > 0 && b > 0 ? residue(b - a, q) : a == b ? 0 : a == 0 ? 1 : corner;
   };
-  if (m != 28) return bordered(m - 1, -1, r, s) + (r == s);
+  if (m < 28) return bordered(m - 1, -1, r, s) + (r == s);
   static constexpr int kOfSymbol[2][2] = {{1, 1}, {1, -1}}, kOfDiagonal[2][2] = {{1, -1}, {-1, -1}};
-  return bordered(13, 1, r / 2, s / 2) * kOfSymbol[r % 2][s % 2] + (r / 2 == s / 2 ? kOfDiagonal[r % 2][s % 2] : 0);
+  return bordered(m / 2 - 1, 1, r / 2, s / 2) * kOfSymbol[r % 2][s % 2] +
+         (r / 2 == s / 2 ? kOfDiagonal[r % 2][s % 2] : 0);
 }
 
 // The orthonormal randomized Hadamard rotation R = H diag(s) / sqrt(d), H the Kronecker product of H_m and a Sylvester
@@ -172,7 +173,7 @@ inline const Matrix& rotation(int d) {
   static std::map<int, Matrix> all;
   const auto [at, fresh] = all.try_emplace(d, d, d);
   if (fresh) {
-    const int m = d % 7 == 0 ? 28 : d % 5 == 0 ? 20 : d % 3 == 0 ? 12 : 1, n = d / m;
+    const int m = d % 9 == 0 ? 36 : d % 7 == 0 ? 28 : d % 5 == 0 ? 20 : d % 3 == 0 ? 12 : 1, n = d / m;
     uint64_t state = 0x6b767061636b0000ULL + static_cast<uint64_t>(d), word = 0;
     for (int column = 0; column < d; ++column) {
       if (column % 64 == 0) word = inputs::splitmix64(state += inputs::kGamma);
@@ -215,10 +216,43 @@ inline Matrix residuals(const uint8_t* codes, const uint16_t* sizes, int d, Side
   return signs * at->second;
 }
 
+// How many channels of a head are outliers: a quarter, in blocks of 16, halves to even.
+inline int outliers(int d) { return 16 * static_cast<int>(std::nearbyint(d / 64.0)); }
+
+// Tiles of split codecs: two vectors of Lloyd-Max codes, of the channels in the map and of those that are not.
+inline Matrix split(const ConstTileSide& tile, const CodecInfo& info, Center center, int d, Side side) {
+  Matrix x(kTile, d);
+  const uint8_t* codes = tile.codes;
+  int first = 0;
+  for (const int part : {0, 1}) {
+    const int dims = part == 0 ? outliers(d) : d - outliers(d), bits = static_cast<int>(info.bits) + 1 - part;
+    const std::string name = "tq" + std::to_string(bits);
+    const CodecInfo& own =
+        *std::find_if(codecs().begin(), codecs().end(), [&](const CodecInfo& c) { return c.name == name; });
+    Matrix y(kTile, dims);
+    for (int t = 0; t < kTile; ++t)
+      for (int i = 0; i < dims; ++i) {
+        y(t, i) = level(own, code_at(codes, bits, side, dims, t, i)) * half(tile.scales[part * kTile + t]);
+        if (center != Center::none) y(t, i) += half(*tile.mean_scale) * tile.mean[first + i];
+      }
+    y = y * rotation(dims);
+    const bool none = std::all_of(tile.map, tile.map + d / 8, [](uint8_t b) { return b == 0; });
+    int i = 0;
+    for (int channel = 0; channel < d; ++channel) {
+      const bool outlier = none ? channel < outliers(d) : (tile.map[channel / 8] >> channel % 8 & 1) != 0;
+      if (outlier == (part == 0)) x.col(channel) = y.col(i++);
+    }
+    codes += 8 * dims * bits;
+    first += dims;
+  }
+  return x;
+}
+
 // All 64 vectors of one side of a tile: [64][head_dim].
 inline Matrix decode(const ConstTileSide& tile, int64_t codec, int d, Side side) {
   const CodecCode code = CodecCode::unpack(codec);
   const CodecInfo& info = inputs::info_of(codec);
+  if (info.split) return split(tile, info, code.center, d, side);
   const CodecInfo& first = first_part(info);
   const int per_scale = info.scale_block == 0 ? d : info.scale_block;
   Matrix x(kTile, d);

@@ -339,7 +339,7 @@ TEST(inputs_of_16_bits_and_strides) {
         std::memcpy(strided.data() + t * stride, narrow.data() + t * row, static_cast<size_t>(row));
       inputs::Tile tile(code, d, Side::key);
       const Vectors vectors{strided.data(), dtype, stride};
-      if (tile.layout.center == Center::mean) encode_mean(vectors, kTile, code, d, Side::key, tile.sections(), 0);
+      tile.freeze(vectors, kTile, code);
       encode_tile(vectors, kTile, code, d, Side::key, tile.sections(), 0);
       CHECK(tile == inputs::encode(widened, code, d, Side::key));
     }

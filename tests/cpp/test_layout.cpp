@@ -115,6 +115,9 @@ TEST(sections_of_records) {
           };
           const auto sizes = [](int64_t code, int64_t d) {
             const CodecInfo& info = inputs::info_of(code);
+            if (info.split)
+              return static_cast<size_t>(8 *
+                                         (d * static_cast<int>(info.bits) + reference::outliers(static_cast<int>(d))));
             return static_cast<size_t>(8 * static_cast<double>(d) *
                                        (info.bits == 0 ? 8 * dtype_bytes(CodecCode::unpack(code).dtype) : info.bits));
           };
@@ -147,7 +150,7 @@ TEST(parts_follow_each_other) {
           CHECK_EQ(part.scales, scales);
           CHECK_EQ(inputs::info_of(part.reader).parts, 1);
           first += part.dims;
-          bits += inputs::info_of(part.reader).bits;
+          bits += inputs::info_of(part.reader).bits * (info.split ? (n == 0 ? 0.25 : 0.75) : 1);
           codes += static_cast<size_t>(8 * part.dims * inputs::info_of(part.reader).bits);
           scales += kTile;
         }

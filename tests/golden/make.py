@@ -14,9 +14,10 @@ One file per codec, <codec>.npz. Of the codecs in BYTES and `exact`, with for ea
 Of the others, and for the codecs in OPTIONS:
 
     rules                        as above
-    sha256                       [side][head size][rule]; an empty string for what `head_sizes` leaves out
-    options_sha256               [line of OPTIONS][side], default rule: of all bytes, followed by the means, uint8
-                                 [2, n, d + 2]
+    sha256                       [side][head size][rule]; an empty string for what `head_sizes` leaves out; of split
+                                 codecs with the maps, uint8 [2, 1, d / 8], behind the bytes
+    options_sha256               [line of OPTIONS][side], default rule: of all bytes, followed by the means and maps,
+                                 uint8 [2, n, entry]
 
 The input needs no library: `inputs` below is integer arithmetic on splitmix64 (Steele, Lea, Flood 2014).
 """
@@ -47,6 +48,8 @@ OPTIONS = (
     ("tcq2", "tile", False, 80),
     ("tcq2", "none", True, 64),
     ("tqp3", "tile", True, 80),
+    ("tq2.5", "tile", True, 192),
+    ("tq3.5", "mean", False, 112),
 )
 """Centring and the search of the scale: codec, center, search, head size."""
 
@@ -57,8 +60,8 @@ def options(name: str) -> tuple[str, ...]:
 
 
 def head_sizes(name: str, rule: str = "") -> tuple[int, ...]:
-    """Those of a codec and rule: searching a trellis and projecting take long."""
-    slow = name in CODECS and (CODECS[name].stream or name.startswith("tqp"))
+    """Those of a codec and rule: searching a trellis and projecting take long, parts are codecs of their own."""
+    slow = name in CODECS and (CODECS[name].stream or name.startswith("tqp") or CODECS[name].split)
     return (64,) if slow and rule not in ("", "norm") else HEAD_SIZES
 
 
@@ -110,6 +113,13 @@ def _digest(packed: NDArray[np.uint8]) -> str:
     return hashlib.sha256(np.ascontiguousarray(packed).tobytes()).hexdigest() if packed.size else ""
 
 
+def _tiles(name: str, rule: str, d: int, side: str) -> NDArray[np.uint8]:
+    """The bytes of tiles; of split codecs flat, with the maps behind them."""
+    x = inputs(d)
+    tiles, maps = encode(x, name, rule or None, side), encode_means(x, name, "none", side)
+    return np.append(tiles.ravel(), maps.ravel()) if maps.size else tiles
+
+
 def _with_options(name: str, center: str, search: bool, d: int, side: str) -> str:
     x = inputs(d)
     tiles = encode(x, name, None, side, center, search)
@@ -126,7 +136,7 @@ def golden(name: str) -> dict[str, NDArray[Any]]:
         if exact:
             return [encode(as_elements(inputs(d), dtype), name, side=side) for dtype in rules]
         empty = np.zeros(0, np.uint8)
-        return [encode(inputs(d), name, rule or None, side) if d in head_sizes(name, rule) else empty for rule in rules]
+        return [_tiles(name, rule, d, side) if d in head_sizes(name, rule) else empty for rule in rules]
 
     if exact or name in BYTES:
         for d, side in ((d, side) for d in HEAD_SIZES for side in SIDES):

@@ -87,6 +87,7 @@ def test_kinds_add_up_and_are_what_they_say() -> None:
         ("tcq3:center=mean", "tq3", 0, 66 + 66),
         ("rq8_0:center=none", "tq2:center=mean", 0, 66),
         ("tq4:center=none", "q5_0", 0, 0),
+        ("tq2.5:center=none", "tq3.5:center=tile", 66, 8 + 8),  # maps
     ],
 )
 def test_means_are_counted(key: str, value: str, tile: int, page: int) -> None:

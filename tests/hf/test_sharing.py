@@ -62,7 +62,9 @@ def test_a_fork_shares_pages_and_writes_on_its_own() -> None:
     assert not torch.equal(layer.keys, fork.keys)
 
 
-@pytest.mark.parametrize("codec", ["tq4:center=tile", "tq3:center=mean", "tcq2:center=tile"])
+@pytest.mark.parametrize(
+    "codec", ["tq4:center=tile", "tq3:center=mean", "tcq2:center=tile", "tq2.5:center=tile", "tq3.5:center=mean"]
+)
 def test_copies_keep_their_means(codec: str) -> None:
     torch.manual_seed(0)
     layer = make(0, 4, codec)

@@ -118,7 +118,8 @@ def test_means_of_many_tiles(impl: Implementation, text: str, center: str) -> No
     x[1, : 5 * 64] = 0.0
     full = f"{text}:center={center}"
     data, means = impl.encode(x, code(full), 0)
-    assert means.shape == (2, 9 if center == "tile" else 3, 66)
+    maps = reference.map_bytes(text, 64)
+    assert means.shape == (2, 9 if center == "tile" else 3, 66 + maps)
     np.testing.assert_array_equal(means.numpy(), reference.encode_means(x.numpy(), text, center))
     assert (means[1, 0] == 0).all()
     assert means[:, -1].any(dim=-1).all()
@@ -127,9 +128,10 @@ def test_means_of_many_tiles(impl: Implementation, text: str, center: str) -> No
         assert torch.equal(means[0, 0], means[0, 2])
         assert torch.equal(means[1, 1], means[1, 2])
     plain, none = impl.encode(x, code(text), 0)
-    assert none.shape == (2, 0, 66)
+    assert none.shape == ((2, 3, maps) if maps else (2, 0, 66))
     worse = impl.decode(plain, none, code(text), 0, 530, 64, torch.float32)
-    assert (back - x).norm() < 0.6 * (worse - x).norm()
+    # The channels of large means are among those with more bits anyway, where there are such.
+    assert (back - x).norm() < (0.65 if maps else 0.6) * (worse - x).norm()
 
 
 @pytest.mark.parametrize("text", [text for text in RULED if text[:3] != "tcq"])
@@ -156,7 +158,8 @@ def test_dtypes_strides_and_leading_dims(impl: Implementation, name: str, side: 
     x = torch.randn(2, 130, 3, 64, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype]).transpose(1, 2)
     number = SIDES.index(side)
     data, means = impl.encode(x, code(name, dtype), number)
-    assert means.shape == (2, 3, 0, 66)
+    maps = reference.map_bytes(name, 64)
+    assert means.shape == ((2, 3, 1, maps) if maps else (2, 3, 0, 66))
     assert data.shape == (2, 3, 3, ops.side_bytes(code(name, dtype), 64, number))
     want = reference.encode(numpy(x if name == "exact" else x.float()), name, side=side)
     np.testing.assert_array_equal(data.numpy(), want)
@@ -184,7 +187,7 @@ def test_no_tokens(impl: Implementation) -> None:
     for name in [*reference.names(), "tq4:center=tile", "tq4:center=mean"]:
         data, means = impl.encode(torch.empty(2, 0, 128), code(name), 0)
         assert data.shape == (2, 0, ops.side_bytes(code(name), 128, 0))
-        assert means.shape == (2, 0, 130)
+        assert means.shape == (2, 0, reference.map_bytes(name.partition(":")[0], 128) or 130)
         assert impl.decode(data, means, code(name), 0, 0, 128, torch.float32).shape == (2, 0, 128)
 
 

@@ -30,6 +30,8 @@ CENTRED = [
     ("tcq3:center=mean", "q5_0"),
     ("q8_0", "tqr3:center=mean,search"),
     ("rq4_0:center=tile", "tcq2:center=tile"),
+    ("tq2.5:center=tile", "tq3.5:center=mean"),
+    ("tq3.5", "tq2.5:center=tile"),
 ]
 
 
@@ -48,9 +50,10 @@ def check_bytes(impl: Implementation, key: str, value: str, dtype: str, counts: 
     pages = cache.table.shape[1]
     for row in range(2):
         means = [(named(key)["center"], key_means[row]), (named(value)["center"], value_means[row])]
-        want = reference.join_pages(records[row], reference.join_means(pages, means))
+        maps = (reference.map_bytes(named(key)["name"], 128), reference.map_bytes(named(value)["name"], 64))
+        want = reference.join_pages(records[row], reference.join_means(pages, means, maps))
         ones = [(center, np.ones_like(mean)) for center, mean in means]
-        written = reference.join_pages(np.ones_like(records[row]), reference.join_means(pages, ones))
+        written = reference.join_pages(np.ones_like(records[row]), reference.join_means(pages, ones, maps))
         got = np.stack([cache.page(row, page).numpy() for page in range(pages)])
         np.testing.assert_array_equal(got, np.where(written, want, 0xA5))
 

@@ -68,7 +68,7 @@ def test_the_walk_through_adding_a_codec(tmp_path: Path) -> None:
     definitions = tmp_path / "csrc/codecs/codecs.def"
     definitions.write_text(definitions.read_text(encoding="utf-8") + line, encoding="utf-8")
     put(package / "reference/codebooks.py", '    "tqr3": Codebook', codebook)
-    put(package / "reference/quantize.py", '    "tcq1": _trellis', entry)
+    put(package / "reference/codecs.py", '    "tcq1": _trellis', entry)
 
     # The scalar level is enough: the others are the same templates.
     module = package / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"

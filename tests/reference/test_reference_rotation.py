@@ -23,7 +23,7 @@ def hadamard(d: int) -> np.ndarray:
     return matrix
 
 
-@pytest.mark.parametrize("m", [1, 12, 20, 28])
+@pytest.mark.parametrize("m", [1, 12, 20, 28, 36])
 def test_hadamard_matrices(m: int) -> None:
     matrix = hadamard_matrix(m)
     assert matrix.dtype == np.float32
@@ -48,9 +48,9 @@ def test_hadamard_matrices_are_pinned() -> None:
 
 def test_orders() -> None:
     assert [order_of(d) for d in HEAD_SIZES] == [1, 20, 12, 28, 1, 20, 12, 1]
-    assert [order_of(d) for d in (1, 2, 12, 20, 28, 48, 224)] == [1, 1, 12, 20, 28, 12, 28]
-    for d in (0, 3, 6, 10, 14, 36, 72, 100):
-        with pytest.raises(ValueError, match=f"1, 12, 20 or 28, not {d}"):
+    assert [order_of(d) for d in (1, 2, 12, 20, 28, 48, 144, 224)] == [1, 1, 12, 20, 28, 12, 36, 28]
+    for d in (0, 3, 6, 10, 14, 18, 44, 100):
+        with pytest.raises(ValueError, match=f"1, 12, 20, 28 or 36, not {d}"):
             order_of(d)
 
 

@@ -114,8 +114,9 @@ class Emulator:
         if held.tokens < tokens:
             pair = zip(spec.codecs(layer), SIDES, strict=True)
             key_codec, value_codec = (of_cache(codec, side, spec.sinks) for codec, side in pair)
-            # Whole tiles stay as they are, but for the mean of a row, which is that of its first tile.
-            whole = 0 if "mean" in (key_codec.center, value_codec.center) else held.tokens // TILE * TILE
+            # Whole tiles stay as they are, but for the mean of a row and its map, which are those of its first tile.
+            frozen = any(codec.center == "mean" or codec.info.split for codec in (key_codec, value_codec))
+            whole = 0 if frozen else held.tokens // TILE * TILE
             here = slice(spec.sinks + whole, spec.sinks + tokens)
             fresh = [
                 roundtrip(key[:, :, here], key_codec, "key"),

@@ -28,10 +28,10 @@ def nbytes(*caches: StockCache) -> int:
 def memory(*caches: StockCache) -> dict[str, int]:
     """Bytes by kind; the kinds are disjoint and add up to `nbytes`.
 
-    codes, scales, means: of the tiles in use; the mean of a row counts in every page, which has a copy. window,
-    sinks: their buffers, with free room; tokens that wait to be placed count as window. slack: slots of pages that
-    are not in use. tables: page addresses, tile counts, padding. other: layers that are not packed. workspace: kept
-    between calls (none is: attend asks torch for its own and gives it back).
+    codes, scales, means: of the tiles in use; the mean and the map of channels of a row count in every page, which has
+    a copy. window, sinks: their buffers, with free room; tokens that wait to be placed count as window. slack: slots of
+    pages that are not in use. tables: page addresses, tile counts, padding. other: layers that are not packed.
+    workspace: kept between calls (none is: attend asks torch for its own and gives it back).
     """
     out = dict.fromkeys(KINDS, 0)
     storages: dict[str, dict[int, int]] = {kind: {} for kind in KINDS}
@@ -61,7 +61,8 @@ def memory(*caches: StockCache) -> dict[str, int]:
             "scales": used * sum(side.scales for side in layout.sections),
             "codes": used * sum(side.codes for side in layout.sections),
             "means": sum(
-                side.means if side.mean_count == 1 else used * (side.means // PAGE_TILES) for side in layout.sections
+                side.map + (side.means if side.mean_count == 1 else used * (side.means // PAGE_TILES))
+                for side in layout.sections
             ),
         }
         for kind, size in sizes.items():

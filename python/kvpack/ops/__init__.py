@@ -87,7 +87,8 @@ def encode(x: Tensor, codec: int, side: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         uint8 [..., ceil(tokens / 64), side_bytes], the last tile filled with zero vectors; and the means of a
-        centred codec, uint8 [..., n, d + 2], n being 0, the number of tiles, or a quarter of it.
+        centred codec, uint8 [..., n, d + 2], n being 0, the number of tiles, or a quarter of it; a split codec's map
+        of channels, d / 8 bytes, follows each (alone and for a quarter of the tiles where it is not centred).
 
     Raises:
         ValueError: for bad arguments, for values that are not finite (of any codec), and for a scale
@@ -104,7 +105,7 @@ def decode(
 
     Args:
         packed: uint8 [..., tiles, side_bytes].
-        means: uint8 [..., n, d + 2].
+        means: uint8 [..., n, d + 2], as ``encode`` gives it.
         codec: codec code.
         side: 0 key, 1 value.
         tokens: tokens to return, with ``ceil(tokens / 64) == tiles``.

@@ -24,7 +24,7 @@ def _shape(
     tiles = packed.shape[-2]
     if tokens < 0 or (tokens + _tables.TILE - 1) // _tables.TILE != tiles:
         raise ValueError(f"tokens is {tokens}, which needs another number of tiles than packed has, {tiles}")
-    wanted = [*packed.shape[:-2], _tables.mean_count(codec, tiles), head_dim + 2]
+    wanted = [*packed.shape[:-2], *_tables.mean_shape(codec, tiles, head_dim, side)]
     if means.dtype != torch.uint8 or list(means.shape) != wanted:
         raise ValueError(f"means is {means.dtype} {list(means.shape)}; allowed: uint8 {wanted}")
     return [*packed.shape[:-2], tokens, head_dim]

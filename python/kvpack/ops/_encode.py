@@ -21,7 +21,7 @@ def _shapes(x: Tensor, codec: int, side: int) -> tuple[list[int], list[int]]:
     sizes = _tables.sections(codec, head_dim, side)
     tiles = (x.shape[-2] + _tables.TILE - 1) // _tables.TILE
     lead = list(x.shape[:-2])
-    return [*lead, tiles, sizes.total], [*lead, _tables.mean_count(codec, tiles), head_dim + 2]
+    return [*lead, tiles, sizes.total], [*lead, *_tables.mean_shape(codec, tiles, head_dim, side)]
 
 
 def fake(x: Tensor, codec: int, side: int) -> tuple[Tensor, Tensor]:

@@ -71,34 +71,43 @@ def open_pages(table: Tensor, first: int, last: int, layout: Layout) -> list[lis
     return [[_page(address, layout) for address in row] for row in rows]
 
 
-def _mean_parts(side: int, layout: Layout) -> tuple[slice, slice]:
-    """Where the levels and the scales of a side lie in the means of a KV head."""
-    counts = [sizes.mean_count for sizes in layout.sections]
-    levels = [count * d for count, d in zip(counts, layout.head_dims, strict=True)]
-    first = 0 if side == KEY else levels[KEY]
-    scales = sum(levels) + (0 if side == KEY else 2 * counts[KEY])
-    return slice(first, first + levels[side]), slice(scales, scales + 2 * counts[side])
+def _mean_parts(side: int, layout: Layout) -> tuple[slice, slice, slice]:
+    """Where the levels, the scales and the map of a side lie in the means of a KV head."""
+    parts, at = [], 0
+    for sizes in zip(*((s.means - 2 * s.mean_count, 2 * s.mean_count, s.map) for s in layout.sections), strict=True):
+        first = at + (0 if side == KEY else sizes[KEY])
+        parts.append(slice(first, first + sizes[side]))
+        at += sum(sizes)
+    return parts[0], parts[1], parts[2]
 
 
 def _read_means(means: Tensor, side: int, layout: Layout) -> Tensor:
-    """Of the means [..., bytes] of a KV head, those of one side: [..., mean_count, d + 2]."""
-    count, d = layout.sections[side].mean_count, layout.head_dims[side]
-    levels, scales = _mean_parts(side, layout)
-    head = means.shape[:-1]
-    return torch.cat((means[..., levels].reshape(*head, count, d), means[..., scales].reshape(*head, count, 2)), dim=-1)
+    """Of the means [..., bytes] of a KV head, those of one side as they stand alone: [..., n, entry]."""
+    sizes, head = layout.sections[side], means.shape[:-1]
+    levels, scales, maps = (means[..., part] for part in _mean_parts(side, layout))
+    if sizes.map and not sizes.mean_count:
+        return maps[..., None, :]
+    count = sizes.mean_count
+    both = (levels.reshape(*head, count, layout.head_dims[side]), scales.reshape(*head, count, 2))
+    return torch.cat((*both, maps[..., None, :].expand(*head, count, sizes.map)), dim=-1)
 
 
 def _write_means(means: Tensor, side: int, layout: Layout, new: Tensor) -> None:
-    levels, scales = _mean_parts(side, layout)
-    means[..., levels] = new[..., :-2].flatten(-2)
-    means[..., scales] = new[..., -2:].flatten(-2)
+    """The inverse of `_read_means`; the map is that of the first entry."""
+    sizes, d = layout.sections[side], layout.head_dims[side]
+    levels, scales, maps = _mean_parts(side, layout)
+    if sizes.mean_count:
+        means[..., levels] = new[..., :d].flatten(-2)
+        means[..., scales] = new[..., d : d + 2].flatten(-2)
+    if sizes.map:
+        means[..., maps] = new[..., 0, -sizes.map :]
 
 
 def write_tiles(table: Tensor, tokens: tuple[Tensor, Tensor], first_tile: int, layout: Layout) -> None:
     """Encode keys and values [B, kv_heads, 64 * tiles, d] as the tiles from ``first_tile`` on.
 
     Where the mean is the row's, it is frozen at the row's first tile with a token that is not all zeros, and every
-    page from there on carries a copy.
+    page from there on carries a copy; likewise the map of a split codec.
     """
     tiles = tokens[KEY].shape[2] // TILE
     before = min(first_tile // PAGE_TILES, 1)  # one page more, for its mean
@@ -106,38 +115,44 @@ def write_tiles(table: Tensor, tokens: tuple[Tensor, Tensor], first_tile: int, l
     opened = open_pages(table, begin * PAGE_TILES, first_tile + tiles, layout)
     places = [divmod(first_tile + t - begin * PAGE_TILES, PAGE_TILES) for t in range(tiles)]
     for side in (KEY, VALUE):
-        codec, x, mean = layout.codecs[side], tokens[side], None
+        codec, x, mean, maps = layout.codecs[side], tokens[side], None, None
+        size = layout.sections[side].map
         if tiles == 0 or x.numel() == 0:
             continue
-        if codec.center == "mean":
+        if codec.center == "mean" or size:
             _tiles.check_finite(x, side)
             for b, pages in enumerate(opened):
-                _freeze_means(x[b], pages, places, side, layout)
+                _freeze(x[b], pages, places, side, layout)
             pages_of = [[_read_means(pages[page].means, side, layout) for page, _ in places] for pages in opened]
-            mean = torch.stack([torch.cat(row, dim=1) for row in pages_of])
-            codec = codec._replace(center="tile")  # of which every tile happens to have this one
-        data, means = _tiles.encode_tiles(x, codec, side, mean)
+            known = torch.stack([torch.cat([means[:, :1] for means in row], dim=1) for row in pages_of])
+            mean, maps = (known, None) if codec.center == "mean" else (None, known[..., -size:])
+        data, means = _tiles.encode_tiles(x, codec, side, mean, maps)
         for b, pages in enumerate(opened):
             for t, (page, slot) in enumerate(places):
                 at = 0
                 for start, stop in _ranges(layout)[side]:
                     pages[page].records[:, slot, start:stop] = data[b, :, t, at : at + stop - start]
                     at += stop - start
-                if layout.codecs[side].center == "tile":
-                    whole = _read_means(pages[page].means, side, layout)
-                    whole[:, slot] = means[b, :, t]
+                if codec.center == "tile":
+                    whole, width = _read_means(pages[page].means, side, layout), layout.head_dims[side] + 2
+                    whole[:, slot, :width] = means[b, :, t, :width]
                     _write_means(pages[page].means, side, layout, whole)
 
 
-def _freeze_means(x: Tensor, pages: list[Page], places: list[tuple[int, int]], side: int, layout: Layout) -> None:
-    """Write the mean of a row x [kv_heads, tokens, d] to the pages of its tiles, head by head."""
+def _freeze(x: Tensor, pages: list[Page], places: list[tuple[int, int]], side: int, layout: Layout) -> None:
+    """Write the mean of a row x [kv_heads, tokens, d] and its map to the pages of its tiles, head by head."""
+    codec, d, size = layout.codecs[side], layout.head_dims[side], layout.sections[side].map
     for t, (page, slot) in enumerate(places):
         now = _read_means(pages[page].means, side, layout)
         if slot == 0:
-            now = _read_means(pages[page - 1].means, side, layout) if page else torch.zeros_like(now)
+            before = _read_means(pages[page - 1].means, side, layout) if page else torch.zeros_like(now)
+            now = before if codec.center != "tile" else torch.cat((now[..., :-size], before[..., -size:]), dim=-1)
         for h in range(layout.kv_heads):
-            if not bool(now[h, 0, -2:].any()):
-                now[h] = _tiles.means_of(x[h, t * TILE : (t + 1) * TILE], layout.codecs[side], side)
+            tile = x[h, t * TILE : (t + 1) * TILE]
+            if size and not bool(now[h, 0, -size:].any()):
+                now[h, :, -size:] = _tiles.maps_of(tile, codec, side)
+            if codec.center == "mean" and not bool(now[h, 0, d : d + 2].any()):
+                now[h] = _tiles.means_of(tile, codec, side, now[h, :, -size:] if size else None)
         _write_means(pages[page].means, side, layout, now)
 
 

@@ -51,17 +51,24 @@ class Codec(NamedTuple):
         codec = CODECS[self.name]
         return 2 * TILE * codec.scale_rows(head_dim, SIDES[side]), codec.code_bytes(head_dim)
 
+    def map_bytes(self, head_dim: int) -> int:
+        """Bytes of a row's map of channels; 0 without one."""
+        return 0 if self.exact else CODECS[self.name].map_bytes(head_dim)
+
 
 class Sections(NamedTuple):
     """Sizes in bytes of what belongs to one side of a tile or page.
 
-    scales, codes: of a tile. means: of a page, one KV head, `mean_count` of them.
+    scales, codes: of a tile. means: of a page, one KV head, `mean_count` of them. map: of a page, one KV head. entry:
+    what goes with tiles standing alone, a mean and a map.
     """
 
     scales: int
     codes: int
     mean_count: int
     means: int
+    map: int
+    entry: int
 
     @property
     def total(self) -> int:
@@ -72,7 +79,7 @@ class Sections(NamedTuple):
 class Layout(NamedTuple):
     """A layout list, taken apart. ``record``, ``means``, ``head`` and ``page`` are sizes in bytes.
 
-    means: of one KV head in a page, with what fills them up. head: the part of a page of one KV head.
+    means: of one KV head in a page, with maps and what fills them up. head: the part of a page of one KV head.
     """
 
     codecs: tuple[Codec, Codec]
@@ -140,14 +147,17 @@ def sections(code: int, head_dim: int, side: int) -> Sections:
     codec = parse_code(code)
     check_head_dim(head_dim)
     check_side(side)
-    means = MEANS_PER_PAGE[codec.center]
-    return Sections(*codec.sections(head_dim, side), means, means * (head_dim + 2))
+    means, maps = MEANS_PER_PAGE[codec.center], codec.map_bytes(head_dim)
+    entry = maps if maps and not means else head_dim + 2 + maps
+    return Sections(*codec.sections(head_dim, side), means, means * (head_dim + 2), maps, entry)
 
 
-def mean_count(code: int, tiles: int) -> int:
-    """How many means go with tiles standing alone."""
-    center = parse_code(code).center
-    return tiles if center == "tile" else -(-tiles // PAGE_TILES) if center == "mean" else 0
+def mean_shape(code: int, tiles: int, head_dim: int, side: int) -> list[int]:
+    """Of what goes with tiles standing alone: the number of entries and their bytes."""
+    sizes = sections(code, head_dim, side)
+    if parse_code(code).center == "tile":
+        return [tiles, sizes.entry]
+    return [-(-tiles // PAGE_TILES) if sizes.mean_count or sizes.map else 0, sizes.entry]
 
 
 @lru_cache(maxsize=256)
@@ -162,7 +172,7 @@ def _layout(values: tuple[int, ...]) -> Layout:
         raise ValueError(f"a layout has {kv_heads} KV heads; it needs at least 1")
     both = (sections(key_code, key_dim, KEY), sections(value_code, value_dim, VALUE))
     record = both[KEY].total + both[VALUE].total
-    means = -(-(both[KEY].means + both[VALUE].means) // LINE) * LINE
+    means = -(-sum(sizes.means + sizes.map for sizes in both) // LINE) * LINE
     head = PAGE_TILES * record + means
     codecs = (parse_code(key_code), parse_code(value_code))
     return Layout(codecs, (key_dim, value_dim), kv_heads, both, record, means, head, kv_heads * head)

@@ -36,22 +36,34 @@ def _array(x: Tensor) -> NDArray[Any]:
     return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def encode_tiles(x: Tensor, codec: Codec, side: int, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Bytes [..., tiles, side_bytes] of x [..., tokens, d], and means [..., n, d + 2].
+def encode_tiles(
+    x: Tensor, codec: Codec, side: int, mean: Tensor | None = None, maps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bytes [..., tiles, side_bytes] of x [..., tokens, d], and the means and maps that go with them [..., n, entry].
 
-    The last tile is filled with zeros. mean: the means to subtract, as returned; None: those of x.
+    The last tile is filled with zeros. mean: what goes with them, as returned; maps: only the maps, of each tile; None:
+    those of x.
     """
     check_finite(x, side)
     rows = _array(x if codec.exact else x.to(torch.float32))
-    scale = codec.rule or None
-    means = reference.encode_means(rows, codec.name, codec.center, SIDES[side]) if mean is None else _array(mean)
-    data = reference.encode(rows, codec.name, scale, SIDES[side], codec.center, codec.search, means)
+    means = _means(rows, codec, side, maps) if mean is None else _array(mean)
+    data = reference.encode(rows, codec.name, codec.rule or None, SIDES[side], codec.center, codec.search, means)
     return torch.from_numpy(data).to(x.device), torch.from_numpy(means).to(x.device)
 
 
-def means_of(x: Tensor, codec: Codec, side: int) -> Tensor:
-    """The means of rows x [..., tokens, d]: uint8 [..., n, d + 2]."""
-    return torch.from_numpy(reference.encode_means(_array(x.to(torch.float32)), codec.name, codec.center, SIDES[side]))
+def _means(rows: NDArray[Any], codec: Codec, side: int, maps: Tensor | None) -> NDArray[np.uint8]:
+    known = None if maps is None else _array(maps)
+    return reference.encode_means(rows, codec.name, codec.center, SIDES[side], known)
+
+
+def means_of(x: Tensor, codec: Codec, side: int, maps: Tensor | None = None) -> Tensor:
+    """What goes with the tiles of rows x [..., tokens, d]: uint8 [..., n, entry]; maps as in `encode_tiles`."""
+    return torch.from_numpy(_means(_array(x.to(torch.float32)), codec, side, maps))
+
+
+def maps_of(x: Tensor, codec: Codec, side: int) -> Tensor:
+    """The maps of rows x [..., tokens, d]: uint8 [..., n, map]."""
+    return torch.from_numpy(reference.maps(_array(x.to(torch.float32)), codec.name, codec.center, SIDES[side]))
 
 
 def decode_tiles(data: Tensor, means: Tensor, codec: Codec, side: int, head_dim: int) -> Tensor:

@@ -3,7 +3,8 @@
     codebooks   levels, units and thresholds of the Lloyd-Max codecs, and where they come from
     hadamard    Hadamard matrices and transforms
     rotation    the randomized Hadamard rotation
-    quantize    vectors <-> codes and scales; the table of codecs
+    codecs      the table of codecs
+    quantize    vectors <-> codes and scales
     packing     codes and scales <-> canonical bytes of one tile
     codec       tokens <-> tiles, records and pages of canonical bytes
     attention   attention over decoded tokens; which stored token sits at which position
@@ -23,6 +24,7 @@ from .codec import (
     join_means,
     join_pages,
     join_record,
+    map_bytes,
     means_bytes,
     names,
     page_bytes,
@@ -34,7 +36,7 @@ from .codec import (
 )
 from .hadamard import fwht, hadamard_matrix, hadamard_transform, order_of
 from .packing import SIDES, TILE
-from .quantize import CENTERS, CODECS, HEAD_SIZES, SCALE_RULES, dequantize, means, quantize, unsupported_head_size
+from .quantize import CENTERS, CODECS, HEAD_SIZES, SCALE_RULES, dequantize, maps, means, quantize, unsupported_head_size
 from .rotation import rotate, sign_words, signs
 from .window import packed_tokens
 
@@ -61,6 +63,8 @@ __all__ = [
     "join_pages",
     "join_record",
     "lloyd_max",
+    "map_bytes",
+    "maps",
     "means",
     "means_bytes",
     "names",

@@ -2,7 +2,7 @@
 
     side of a tile     [scales][codes]                                  64 tokens, one KV head
     record of a tile   [K scales][V scales][K codes][V codes]
-    page               [KV head] of [record of slot 0..3][means]        4 tiles
+    page               [KV head] of [record of slot 0..3][means, maps]  4 tiles
 
 Every section is a multiple of 64 bytes. `exact` has no scales; its codes are the elements themselves.
 """
@@ -29,6 +29,7 @@ from .quantize import (
     check_finite,
     check_head_size,
     dequantize,
+    maps,
     means,
     quantize,
     scale_rule,
@@ -43,6 +44,7 @@ __all__ = [
     "join_means",
     "join_pages",
     "join_record",
+    "map_bytes",
     "means_bytes",
     "names",
     "page_bytes",
@@ -139,25 +141,45 @@ def encode(
             raise ValueError(f"x is {x.dtype}; exact keeps float32, float16, and uint16 for bfloat16")
         check_finite(x, side)
         return pack_elements(in_tiles(filled), side)
-    found = None if mean is None else _split_means(mean)
-    codes, scales = quantize(filled, name, scale, side, center, search, found)
+    found, known = (None, None) if mean is None else _split_means(mean, name, d)
+    codes, scales = quantize(filled, name, scale, side, center, search, found, known)
     packed = CODECS[name].pack(in_tiles(codes), side)
     return np.concatenate((pack_scales(in_tiles(scales)), packed), axis=-1)
 
 
-def encode_means(x: NDArray[Any], name: str, center: str, side: str = "key") -> U8:
-    """The means of centring: uint8 [..., n, d + 2], the levels and the scale of each; n as `quantize.means` says."""
+def map_bytes(name: str, head_dim: int) -> int:
+    """Bytes of a map of channels: 0 for codecs without one."""
+    return 0 if name == "exact" else CODECS[name].map_bytes(head_dim)
+
+
+def encode_means(x: NDArray[Any], name: str, center: str, side: str = "key", known: U8 | None = None) -> U8:
+    """What goes with tiles beside their bytes: uint8 [..., n, d + 2 + map_bytes].
+
+    The levels and the scale of a mean, which there is none of with center "none", and the map of channels of codecs
+    that have one. n: as `quantize.means` says; that of `quantize.maps`, where there are maps. known: maps to take,
+    [..., n or tiles, map_bytes].
+    """
+    d = x.shape[-1]
     if name == "exact":
-        return np.zeros((*x.shape[:-2], 0, x.shape[-1] + 2), np.uint8)
-    levels, scales = means(np.asarray(x), name, center, side)
+        return np.zeros((*x.shape[:-2], 0, d + 2), np.uint8)
+    x = np.asarray(x)
+    known = maps(x, name, center, side) if known is None else known
+    levels, scales = means(x, name, center, side, known)
     tail = np.ascontiguousarray(scales.astype("<f2"))[..., None].view(np.uint8)
-    return np.concatenate((levels.view(np.uint8), tail), axis=-1)
+    mean = np.concatenate((levels.view(np.uint8), tail), axis=-1)
+    if not known.shape[-1]:
+        return mean
+    return known if center == "none" else np.concatenate((mean, known), axis=-1)
 
 
-def _split_means(mean: U8) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """uint8 [..., n, d + 2] -> levels int8 [..., n, d], scales float16 [..., n]."""
+def _split_means(mean: U8, name: str, d: int) -> tuple[tuple[NDArray[np.int8], NDArray[np.float16]] | None, U8 | None]:
+    """The inverse of `encode_means`: levels int8 [..., n, d] with scales float16 [..., n], and maps."""
+    size = map_bytes(name, d)
+    mean, known = np.split(mean, [mean.shape[-1] - size], axis=-1)
+    if not mean.shape[-1]:
+        return None, known
     scales = np.ascontiguousarray(mean[..., -2:]).view("<f2")[..., 0]
-    return mean[..., :-2].view(np.int8), scales.astype(np.float16)
+    return (mean[..., :-2].view(np.int8), scales.astype(np.float16)), known if size else None
 
 
 def decode(
@@ -194,8 +216,9 @@ def decode(
         codes = CODECS[name].unpack(code_part, side, head_dim)
         scales = unpack_scales(packed[..., :scale_bytes])
         flat = (*lead, tiles * TILE)
-        found = None if mean is None else _split_means(mean)
-        x = dequantize(codes.reshape(*flat, head_dim), scales.reshape(*flat, scales.shape[-1]), name, side, found)
+        found, known = (None, None) if mean is None else _split_means(mean, name, head_dim)
+        codes, scales = codes.reshape(*flat, head_dim), scales.reshape(*flat, scales.shape[-1])
+        x = dequantize(codes, scales, name, side, found, known)
     return x.reshape(*lead, tiles * TILE, head_dim)[..., :tokens, :]
 
 
@@ -204,15 +227,20 @@ def record_bytes(key: Sections, value: Sections) -> int:
     return sum(key) + sum(value)
 
 
-def means_bytes(means: Sequence[tuple[str, int]]) -> int:
-    """Bytes of the means of one KV head in a page; means: (center, head size) of keys and of values."""
-    size = sum(MEANS_PER_PAGE[center] * (d + 2) for center, d in means)
+def means_bytes(means: Sequence[tuple[str, int]], maps: int = 0) -> int:
+    """Bytes of what follows the records of one KV head in a page.
+
+    means: (center, head size) of keys and of values; maps: bytes of the maps of channels of both.
+    """
+    size = sum(MEANS_PER_PAGE[center] * (d + 2) for center, d in means) + maps
     return -(-size // LINE) * LINE
 
 
-def page_bytes(key: Sections, value: Sections, kv_heads: int, means: Sequence[tuple[str, int]] = ()) -> int:
-    """Bytes of a page of 4 tiles; `means` as in `means_bytes`."""
-    return kv_heads * (PAGE_TILES * record_bytes(key, value) + means_bytes(means))
+def page_bytes(
+    key: Sections, value: Sections, kv_heads: int, means: Sequence[tuple[str, int]] = (), maps: int = 0
+) -> int:
+    """Bytes of a page of 4 tiles; `means` and `maps` as in `means_bytes`."""
+    return kv_heads * (PAGE_TILES * record_bytes(key, value) + means_bytes(means, maps))
 
 
 def join_record(key_side: U8, value_side: U8, key: Sections, value: Sections) -> U8:
@@ -229,20 +257,26 @@ def split_record(records: U8, key: Sections, value: Sections) -> tuple[U8, U8]:
     return np.concatenate(parts[0::2], axis=-1), np.concatenate(parts[1::2], axis=-1)
 
 
-def join_means(pages: int, sides: Sequence[tuple[str, U8]]) -> U8:
+def join_means(pages: int, sides: Sequence[tuple[str, U8]], maps: tuple[int, int] = (0, 0)) -> U8:
     """Means of a row, (center, uint8 [kv_heads, n, d + 2]) of keys and of values -> uint8 [kv_heads, pages, bytes].
 
-    | K means | V means | K scales | V scales |, zeros where there is no tile, filled up to a multiple of 64 bytes.
+    | K means | V means | K scales | V scales | K map | V map |, zeros where there is no tile, filled up to a multiple
+    of 64 bytes. maps: the bytes of the maps that follow the means in `sides`; a page has that of its last tile.
     """
-    levels, scales = [], []
-    for center, mean in sides:
-        heads, n, size = mean.shape
-        filled = np.zeros((heads, pages * MEANS_PER_PAGE[center], size), np.uint8)
-        filled[:, :n] = mean
-        of_page = filled.reshape(heads, pages, MEANS_PER_PAGE[center], size)
-        levels.append(of_page[..., :-2].reshape(heads, pages, MEANS_PER_PAGE[center] * (size - 2)))
-        scales.append(of_page[..., -2:].reshape(heads, pages, MEANS_PER_PAGE[center] * 2))
-    joined = np.concatenate([*levels, *scales], axis=-1)
+    levels, scales, channels = [], [], []
+    for (center, entries), size in zip(sides, maps, strict=True):
+        mean, known = np.split(entries, [entries.shape[-1] - size], axis=-1)
+        heads, n, width = mean.shape
+        count = MEANS_PER_PAGE[center]
+        filled = np.zeros((heads, pages * count, width), np.uint8)
+        filled[:, :n] = mean[:, : pages * count]
+        of_page = filled.reshape(heads, pages, count, width)
+        levels.append(of_page[..., :-2].reshape(heads, pages, count * max(width - 2, 0)))
+        scales.append(of_page[..., -2:].reshape(heads, pages, count * min(width, 2)))
+        if size:
+            last = [min(t, n - 1) for t in range(3, 4 * pages, 4)] if center == "tile" else list(range(pages))
+            channels.append(known[:, last])
+    joined = np.concatenate([*levels, *scales, *channels], axis=-1)
     return np.pad(joined, ((0, 0), (0, 0), (0, -joined.shape[-1] % LINE)))
 
 

@@ -1,9 +1,9 @@
-"""Hadamard matrices and transforms of the head sizes d = m * 2^a: H_d = H_m (x) H_2^a, m one of 1, 12, 20, 28.
+"""Hadamard matrices and transforms of the sizes d = m * 2^a: H_d = H_m (x) H_2^a, m one of 1, 12, 20, 28, 36.
 
     index i = r * 2^a + c          row r of H_m, column c of the Walsh-Hadamard part
 
-H_12 and H_20 are of Paley's first construction (q = 11 and 19), H_28 is of his second (q = 13). With Q[a, b] the
-Legendre symbol of (b - a) mod q, 1 a vector of ones and (x) the Kronecker product:
+H_12 and H_20 are of Paley's first construction (q = 11 and 19), H_28 and H_36 are of his second (q = 13 and 17). With
+Q[a, b] the Legendre symbol of (b - a) mod q, 1 a vector of ones and (x) the Kronecker product:
 
     first, q = 3 mod 4      H_(q+1)  = I + [[0, 1], [-1, Q]]
     second, q = 1 mod 4     H_2(q+1) = [[0, 1], [1, Q]] (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]]
@@ -22,8 +22,8 @@ __all__ = ["ORDERS", "fwht", "hadamard_matrix", "hadamard_transform", "order_of"
 
 Float = TypeVar("Float", np.float32, np.float64)
 
-ORDERS = {1: 1, 12: 11, 20: 19, 28: 13}
-"""Orders m of the matrices that head sizes are made of, and the q of their construction."""
+ORDERS = {1: 1, 12: 11, 20: 19, 28: 13, 36: 17}
+"""Orders m of the matrices that head sizes and their parts are made of, and the q of their construction."""
 
 
 def order_of(d: int) -> int:
@@ -31,7 +31,7 @@ def order_of(d: int) -> int:
     for m in ORDERS:
         if d >= m and d % m == 0 and (d // m) & (d // m - 1) == 0:
             return m
-    raise ValueError(f"the Hadamard transform needs a power of two times 1, 12, 20 or 28, not {d}")
+    raise ValueError(f"the Hadamard transform needs a power of two times 1, 12, 20, 28 or 36, not {d}")
 
 
 @lru_cache(maxsize=len(ORDERS))
@@ -84,7 +84,7 @@ def hadamard_transform(x: NDArray[Float], inverse: bool = False) -> NDArray[Floa
 
     First `fwht` along c of every row r; then, where m is not 1, for every r and c the terms H_m[r, s] * x[s, c]
     (H_m[s, r] if `inverse`), added one after the other for ascending s.
-    x: float32 or float64 [..., d]. ValueError unless d is a power of two times 1, 12, 20 or 28.
+    x: float32 or float64 [..., d]. ValueError unless d is a power of two times 1, 12, 20, 28 or 36.
     """
     d = x.shape[-1]
     m = order_of(d)

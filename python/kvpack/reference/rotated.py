@@ -17,7 +17,19 @@ from .hadamard import hadamard_transform
 from .normalise import lanes16_sum, normalise
 from .rotation import signs
 
-__all__ = ["GAINS", "SCALE_RULES", "Match", "Mean", "Rotated", "match", "mean_of", "squared_error", "to_rotated"]
+__all__ = [
+    "GAINS",
+    "SCALE_RULES",
+    "Match",
+    "Mean",
+    "Rotated",
+    "average_of",
+    "match",
+    "mean_levels",
+    "mean_of",
+    "squared_error",
+    "to_rotated",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -69,30 +81,42 @@ def to_rotated(x: F32, mean: Mean | None) -> Rotated:
     return Rotated(y, n2, np.sqrt(n2), np.broadcast_to(e, n2.shape), live)
 
 
-def mean_of(x: F32) -> tuple[NDArray[np.int8], F32]:
-    """Means of tiles float32 [n, 64, d], of the vectors that are not all zeros (padding is), in the rotated domain.
-
-    Returns levels int8 [n, d] and scales float32 [n], which may exceed fp16.
-    """
-    d = x.shape[-1]
+def average_of(x: F32) -> tuple[F32, NDArray[np.int32], NDArray[np.bool_]]:
+    """(mean, e, live) of tiles float32 [n, 64, d]: of vectors x 2^-e that are not all zeros; live: there are any."""
     tokens = np.count_nonzero(np.any(x != 0, axis=-1), axis=1)
     peak = np.max(np.abs(x), axis=(1, 2))
     live = tokens > 0
     e = np.frexp(np.where(live, peak, np.float32(1)))[1] - np.int32(1)
     scaled = np.ldexp(x, -e[:, None, None])
-    total = np.zeros((len(x), d), np.float32)
+    total = np.zeros((len(x), x.shape[-1]), np.float32)
     for t in range(x.shape[1]):
         total = total + scaled[:, t]
     share = np.float32(1) / np.maximum(tokens, 1).astype(np.float32)
-    y = hadamard_transform(signs(d) * (total * share[:, None]))
+    return total * share[:, None], e, live
+
+
+def mean_levels(
+    y: F32, e: NDArray[np.int32], live: NDArray[np.bool_], norm: np.float32
+) -> tuple[NDArray[np.int8], F32]:
+    """Levels int8 [n, d] and scales float32 [n] of means y [n, d]; y * norm * 2^e is in the rotated domain."""
     top = np.max(np.abs(y), axis=-1)
     live = live & (top >= np.float32(2.0**-100))
     step = np.where(live, top, np.float32(127)) / np.float32(127)
     inv = np.float32(1) / step
     levels = np.where(live[:, None], np.rint(y * inv[:, None]), np.float32(0)).astype(np.int8)
     with np.errstate(over="ignore", under="ignore"):
-        scale = np.ldexp(step * np.float32(1 / np.sqrt(d)), e)
+        scale = np.ldexp(step * norm, e)
     return levels, np.where(live, scale, np.float32(0))
+
+
+def mean_of(x: F32) -> tuple[NDArray[np.int8], F32]:
+    """Means of tiles float32 [n, 64, d], of the vectors that are not all zeros (padding is), in the rotated domain.
+
+    Returns levels int8 [n, d] and scales float32 [n], which may exceed fp16.
+    """
+    d = x.shape[-1]
+    average, e, live = average_of(x)
+    return mean_levels(hadamard_transform(signs(d) * average), e, live, np.float32(1 / np.sqrt(d)))
 
 
 class Match(NamedTuple):

@@ -18,7 +18,7 @@ from .hadamard import hadamard_transform
 
 __all__ = ["rotate", "sign_words", "signs", "splitmix64"]
 
-SEED = 0x6B76_7061_636B_0000  # "kvpack" in ASCII, shifted left by 16 bits; the head size is added
+SEED = 0x6B76_7061_636B_0000  # "kvpack" in ASCII, shifted left by 16 bits; the size is added
 
 
 def splitmix64(seed: int, count: int) -> NDArray[np.uint64]:
@@ -51,7 +51,7 @@ def signs(d: int) -> NDArray[np.float32]:
 def rotate(x: NDArray[Any], inverse: bool = False) -> NDArray[np.float64]:
     """R x, or R^T x if `inverse`, in float64.
 
-    x: any real dtype [..., d], d a power of two times 1, 12, 20 or 28. Returns float64 [..., d]. ValueError for
+    x: any real dtype [..., d], d a power of two times 1, 12, 20, 28 or 36. Returns float64 [..., d]. ValueError for
     another d.
     """
     wide = np.asarray(x, np.float64)
