@@ -133,12 +133,16 @@ PYBIND11_MODULE(_core, m) {
       "side_bytes", [](int64_t codec, int64_t d, int64_t side) { return layout_of(codec, d, side_of(side)).bytes(); },
       py::arg("codec"), py::arg("head_dim"), py::arg("side"));
   m.def(
-      "mean_bytes",
-      [](int64_t codec, int64_t d, int64_t side) {
-        const SideLayout layout = layout_of(codec, d, side_of(side));
-        return layout.page_means();
-      },
+      "page_mean_bytes",
+      [](int64_t codec, int64_t d, int64_t side) { return layout_of(codec, d, side_of(side)).page_means(); },
       py::arg("codec"), py::arg("head_dim"), py::arg("side"));
+  m.def(
+      "array_mean_bytes",
+      [](int64_t codec, int64_t d, int64_t side, int64_t tiles) {
+        const SideLayout layout = layout_of(codec, d, side_of(side));
+        return layout.means_of(tiles) * static_cast<int64_t>(layout.mean_bytes());
+      },
+      py::arg("codec"), py::arg("head_dim"), py::arg("side"), py::arg("tiles"));
   m.def(
       "record_bytes", [](const std::vector<int64_t>& layout) { return layout_from(layout).record().bytes(); },
       py::arg("layout"));

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from kvpack import _core
-from kvpack.spec import DTYPES, CodecSpec, Dtype, Side, parse, registry, side_index
+from kvpack.spec import DTYPES, PAGE_TILES, TILE, CodecSpec, Dtype, Side, parse, registry, side_index
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +79,15 @@ class Codec:
 
     @property
     def bits(self) -> float:
-        """Honest bits per value of full pages: codes, scales and all metadata (``exact``: of float32)."""
-        return self.spec.bits(self.head_dim, self.side)
+        """Honest bits per value of :class:`Packed`: codes, scales and all metadata (``exact``: of float32).
+
+        Of tokens in fours of full tiles, which share a mean under ``center=mean``. Pages hold the same bits, with one
+        exception: split codecs under ``center=tile`` have a map in each mean here, one in a page there.
+        """
+        code, side = self.spec.code("float32"), side_index(self.side)
+        tiles = PAGE_TILES * self.spec.side_bytes(self.head_dim, self.side)
+        means = _core.array_mean_bytes(code, self.head_dim, side, PAGE_TILES)
+        return 8 * (tiles + means) / (PAGE_TILES * TILE * self.head_dim)
 
     def encode(self, x: Array) -> Packed:
         """Encode ``x`` ``[..., tokens, head_dim]`` (float32, float16, bfloat16; float64 is rounded to float32).

@@ -103,7 +103,7 @@ class CodecSpec:
     def bits(self, head_dim: int, side: Side = "key", dtype: Dtype = "float32") -> float:
         """Honest bits per value of full pages (4 tiles): codes, scales, means and all metadata."""
         tiles = PAGE_TILES * self.side_bytes(head_dim, side, dtype)
-        means = int(_core.mean_bytes(self.code(dtype), head_dim, side_index(side)))
+        means = int(_core.page_mean_bytes(self.code(dtype), head_dim, side_index(side)))
         return 8 * (tiles + means) / (PAGE_TILES * TILE * head_dim)
 
     def __str__(self) -> str:

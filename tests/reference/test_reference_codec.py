@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import kvpack
 from kvpack import reference
 from kvpack.reference import (
     CODECS,
@@ -302,3 +303,13 @@ def test_every_codec_is_registered_once() -> None:
             codec.bits, codec.rotated, codec.scale_rules, codec.stream, codec.elements, codec.asymmetric
         )  # fmt: skip
         assert (line.scale_block, line.split) == (codec.scale_block, codec.split)
+
+
+@pytest.mark.parametrize("d", reference.HEAD_SIZES)
+@pytest.mark.parametrize("name", ["exact", *CODECS])
+def test_bits_are_what_full_tiles_measure(name: str, d: int) -> None:
+    x = np.zeros((2, 256, d), np.float32)
+    for center in ("none", "mean", "tile") if name in CODECS and CODECS[name].rotated else ("",):
+        for side in SIDES:
+            codec = kvpack.codec(f"{name}:center={center}" if center else name, d, side)
+            assert codec.encode(x).nbytes * 8 == codec.bits * x.size, (center, side)

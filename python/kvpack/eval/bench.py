@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpack.reference import LINE, PAGE_TILES, TILE
+
 from .metrics import jsonable
 from .models import torch_dtype
 from .modes import Progress, no_progress
 from .speed import Spread
 
-TILE, PAGE_TILES, LINE = 64, 4, 64
 TORCH, GROUPED = "torch", "torch, grouped"
 #: Dense bytes that the copies of one contender must reach together.
 COLD_BYTES = 128 << 20

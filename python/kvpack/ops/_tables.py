@@ -14,20 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import CENTERS, CODECS, HEAD_SIZES, SCALE_RULES, SIDES, unsupported_head_size
-from ..reference import TILE as TILE  # explicitly, for the other modules here
-
-PAGE_TILES = 4
-"""Tiles (slots) in a page."""
-
-LINE = 64
-"""Bytes that every section of a record is a multiple of; pages are aligned to it."""
+from ..reference import CENTERS, CODECS, HEAD_SIZES, MEANS_PER_PAGE, SCALE_RULES, SIDES, unsupported_head_size
+from ..reference import LINE as LINE  # explicitly, for the other modules here
+from ..reference import PAGE_TILES as PAGE_TILES
+from ..reference import TILE as TILE
 
 KEY, VALUE = 0, 1
 
 RULES = tuple(SCALE_RULES)
 FIELDS = ((0, 0xFF), (8, 0xFF), (16, 0xFF), (24, 0xF), (28, 1))  # of a codec code: first bit, mask
-MEANS_PER_PAGE = {"none": 0, "mean": 1, "tile": PAGE_TILES}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -17,6 +17,9 @@ backend equal these exactly. *Decoding and attention* are specified in float64: 
 from .attention import attend, positions, sink_start
 from .codebooks import CODEBOOKS, Codebook, distortion, lloyd_max
 from .codec import (
+    LINE,
+    MEANS_PER_PAGE,
+    PAGE_TILES,
     codec_code,
     decode,
     encode,
@@ -45,6 +48,9 @@ __all__ = [
     "CODEBOOKS",
     "CODECS",
     "HEAD_SIZES",
+    "LINE",
+    "MEANS_PER_PAGE",
+    "PAGE_TILES",
     "SCALE_RULES",
     "SIDES",
     "TILE",

@@ -66,7 +66,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Element dtypes of `exact`, and how NumPy holds them; the position in the table is the dtype's number."""
 
 PAGE_TILES = 4
+"""Tiles (slots) in a page."""
+
 LINE = 64
+"""Bytes that every section of a record is a multiple of; pages are aligned to it."""
+
 MEANS_PER_PAGE = {"none": 0, "mean": 1, "tile": PAGE_TILES}
 
 
