@@ -3,6 +3,7 @@
     python benchmarks/quality.py                            about an hour on two cores
     python benchmarks/quality.py --windows 4 --places 4 --codecs tq4,tq3 --peers none        a few minutes
     python benchmarks/quality.py --long 4096,8192 --needle tq4,tq3,tq2
+    python benchmarks/quality.py --defaults tq3,tcq3 --codecs tq3 --peers none --anchor none
     python benchmarks/quality.py --render                   the tables and the picture again, nothing is measured
 
 Texts are looked for below $KVPACK_DATA. Every finished measurement is a line of --out; a run that was stopped, or that
@@ -24,7 +25,8 @@ from kvpack.eval import grid, load_model, load_text
 from kvpack.eval.cachespec import CacheSpec
 from kvpack.eval.needle import DEPTHS, needles
 from kvpack.eval.peers import PEERS, peer
-from kvpack.eval.quality import FAKE, LONG, PEER, SHORT, OutOfTimeError, Sample, Study, available, samples
+from kvpack.eval.quality import DEFAULTS, FAKE, LONG, PEER, SHORT, OutOfTimeError, Sample, Study, available, samples
+from kvpack.eval.quality_defaults import variants
 from kvpack.eval.quality_report import Report, write_doc
 from kvpack.eval.quality_store import Store
 
@@ -55,6 +57,8 @@ def arguments() -> argparse.Namespace:
     add("--long", default="", help="lengths of long windows, like 4096,8192")
     add("--long-windows", type=int, default=2)
     add("--long-codecs", default="tq4,tq3,tq2")
+    add("--defaults", default="", help="names of rotated codecs, of which one default after the other is changed")
+    add("--defaults-windows", type=int, default=10)
     add("--needle", default="", help="codecs for the passkey test")
     add("--needle-length", type=int, default=4096)
     add("--needle-repeats", type=int, default=4, help="keys at each depth")
@@ -99,6 +103,10 @@ def measure(study: Study, options: argparse.Namespace) -> None:
     for size in int_list(options.long, "length") if options.long else []:
         long = cut(size, options.long_windows, max(len(texts), options.long_windows))
         study.windows(LONG, long, specs(options.long_codecs, options), first=256)
+    for name in codec_list(options.defaults) if options.defaults else []:
+        tried = list(variants(name, options.window, options.sinks).values())
+        study.windows(DEFAULTS, found[: options.defaults_windows], tried, first=first)
+        study.held(found[0], tried, **feed)
     wanted = specs(options.needle, options)
     if wanted:
         needles(study, texts[-1], wanted, options.needle_length, DEPTHS, options.needle_repeats)

@@ -18,7 +18,8 @@ from kvpack.eval.metrics import Interval
 from kvpack.eval.models import LoadedModel
 from kvpack.eval.needle import haystack, needles
 from kvpack.eval.peers import PEERS, Peer, fill_peer, held_bytes, peer
-from kvpack.eval.quality import FAKE, SHORT, OutOfTimeError, Sample, Study, available, samples
+from kvpack.eval.quality import DEFAULTS, FAKE, SHORT, OutOfTimeError, Sample, Study, available, samples
+from kvpack.eval.quality_defaults import variants
 from kvpack.eval.quality_report import BEGIN, END, Report, write_doc
 from kvpack.eval.quality_store import Store, figures, pack_bits, pack_floats, unpack_bits, unpack_floats
 from kvpack.eval.texts import Text, cut_places
@@ -123,6 +124,33 @@ def test_tables_and_picture(study: Study, found: list[Sample], tmp_path: Path) -
     assert report(study).draw(tmp_path / "q.png")
     assert (tmp_path / "q.png").read_bytes().startswith(b"\x89PNG")
     assert Report(Store(), study.about, length=260, window=20, sinks=4).markdown() == ""
+
+
+def test_defaults_are_changed_one_at_a_time(study: Study, found: list[Sample]) -> None:
+    tried = variants("tq3", 20, 4)
+    assert [what for what in tried if what.startswith("window")] == [f"window {n}" for n in (0, 32, 64, 256)]
+    assert tried["nothing"] == CacheSpec("tq3", value="tq3", window=20)
+    assert tried["keys `center=none`"] == CacheSpec("tq3:center=none", value="tq3", window=20)
+    rule, sinkless = tried["`scale=stored`"], tried["no sinks"]
+    chosen = [tried["nothing"], rule, sinkless]
+    study.windows(DEFAULTS, found, chosen, first=100)
+    study.held(found[0], chosen[:1], prompt=100, chunk=16)
+    table = report(study).markdown()
+    assert "**Every codec**" not in table
+    rows = {row.split(" |")[0]: row for row in table.splitlines() if row.startswith("| ")}
+    assert list(rows) == ["| changed", "| nothing", "| `scale=stored`", "| no sinks"]
+    assert rows["| nothing"].endswith("| 1 |")
+    means = [
+        np.mean([line["mean"] for line in study.store.find("window", label=one.label, sinks=one.sinks)])
+        for one in chosen
+    ]
+    for row, mean in zip(list(rows.values())[2:], means[1:], strict=True):
+        assert float(row.split("|")[5].split("±")[0]) == pytest.approx(mean / means[0], rel=0.02)
+    # What was measured for this table is not measured again for another.
+    count = len(study.store.lines)
+    study.windows(SHORT, found, [rule], first=100)
+    assert len(study.store.lines) == count
+    assert "| `tq3:scale=stored` |" in report(study).markdown()
 
 
 def test_anchor_agrees_with_emulation(study: Study, found: list[Sample]) -> None:

@@ -31,8 +31,10 @@ from .speed import prefill
 from .sweeps import fingerprint
 from .texts import Text, cut_places
 
-SHORT, FAKE, LONG, ANCHOR, PEER = "short", "fake", "long", "anchor", "peers"
-"""Studies: the main table, the same windows in mode `fake`, long windows, the stepwise anchor, the peers' own mode."""
+SHORT, FAKE, LONG, ANCHOR, PEER, DEFAULTS = "short", "fake", "long", "anchor", "peers", "defaults"
+"""Studies: the main table, the same windows in mode `fake`, long windows, the stepwise anchor, the peers' own mode, the
+defaults one by one.
+"""
 
 
 class OutOfTimeError(Exception):
@@ -140,6 +142,8 @@ class Study:
                 key = self.key("window", own, first, prompt, chunk, self.identity(cache), sample.name)
                 if key not in self.store:
                     wanted.append((cache, own, key))
+                elif self.store.lines[key]["study"] == DEFAULTS != study:  # measured for that table, wanted in this too
+                    self.store.add({**self.store.lines[key], "study": study})
             if not wanted:
                 continue
             work = task(self.loaded, [sample.ids], prompt=prompt, skip=first)

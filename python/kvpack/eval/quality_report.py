@@ -10,6 +10,7 @@ from typing import Any
 from .formats import figure, kld, number, percent
 from .metrics import Interval
 from .quality import ANCHOR, FAKE, LONG, PEER, SHORT
+from .quality_defaults import defaults_table
 from .quality_store import Line, Store, by_position, figures, ratio
 from .sweeps import pareto
 
@@ -51,6 +52,8 @@ class Report:
     def markdown(self) -> str:
         """All tables that there are lines for."""
         parts = [self._main(), self._trellis(), self._peers(), self._anchor(), self._long(), self._needle()]
+        own = {"length": self.length, "window": self.window, "sinks": self.sinks}
+        parts.append(defaults_table(self.store, self.about, self.exact, **own))
         return "\n\n".join(part for part in parts if part)
 
     def _main(self) -> str:
