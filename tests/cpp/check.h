@@ -1,6 +1,7 @@
 // The test harness: no framework. TEST bodies register themselves, CHECK macros print the expression, both values, the
 // location and the enclosing contexts, count the failure and carry on. main.cpp runs the tests of one executable.
 #pragma once
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -42,6 +43,14 @@ constexpr bool slow() {
 #else
   return false;
 #endif
+}
+
+// Where two levels share a slow machine's time: whether this case is the other one's. Asked once for each case; each
+// level (KVPACK_TEST_HALF=0 or 1) has half of the answers, in an order that no nesting of loops repeats.
+inline bool others() {
+  static const char* half = std::getenv("KVPACK_TEST_HALF");
+  static uint64_t asked = 0;
+  return half != nullptr && *half - '0' != std::popcount(asked++) % 2;
 }
 
 // Names what is being tested, for the messages of failures inside its scope.

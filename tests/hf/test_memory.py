@@ -33,8 +33,13 @@ def grown(before: dict[int, int]) -> int:
     return sum(size for address, size in storages().items() if address not in before)
 
 
-@pytest.mark.parametrize("codec", ["exact", "q8_0", "tq4", "tq3", "tcq3", "q5_0", "rq4_0:center=mean"])
-@pytest.mark.parametrize(("rows", "length"), [(1, 40), (1, 700), (3, 400)])
+SHAPES = [(1, 40), (1, 700), (3, 400)]
+COUNTED = [("tq4", *shape) for shape in SHAPES] + [
+    (codec, 3, 400) for codec in ("exact", "q8_0", "tq3", "tcq3", "q5_0", "rq4_0:center=mean", "tq2.5", "tqp3", "kivi2")
+]
+
+
+@pytest.mark.parametrize(("codec", "rows", "length"), COUNTED)
 def test_against_an_independent_count(codec: str, rows: int, length: int) -> None:
     model = h.llama()
     ids = h.tokens(rows, length)
