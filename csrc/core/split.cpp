@@ -19,13 +19,6 @@ int32_t max_bits(const float* x, int32_t n) {
   return top;
 }
 
-// The first of two outcomes: what is not finite first, then the earlier token.
-int32_t first_of(int32_t a, int32_t b) {
-  if (a == 0 || b == 0) return a + b;
-  if ((a > 0) != (b > 0)) return std::max(a, b);
-  return std::abs(a) < std::abs(b) ? a : b;
-}
-
 }  // namespace
 
 void GatheredTile::gather(const EncodeArgs& a, const SideLayout& layout) {

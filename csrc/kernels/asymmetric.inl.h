@@ -6,12 +6,14 @@
 
 namespace {
 
+constexpr float kLeastStep = 0x1p-100F;  // smaller ones count as 0
+
 // Lanes of groups: steps and zeros of x 2^-e.
 template <class S, class Codec>
 struct Ranges {
   typename S::F step, zero, inv;
   static Ranges of(typename S::F low, typename S::F high) {
-    const auto least = S::set1(0x1p-100F), zero = S::add(low, S::zero());  // -0 becomes 0
+    const auto least = S::set1(kLeastStep), zero = S::add(low, S::zero());  // -0 becomes 0
     const auto step = S::div(S::sub(high, zero), S::set1(2.0F * Codec::kMiddle));
     return {S::zero_where_less(step, step, least), zero,
             S::zero_where_less(S::div(S::set1(1.0F), S::max(step, least)), step, least)};
@@ -44,9 +46,8 @@ int32_t encode_asymmetric_values(const kvpack::EncodeArgs& a) {
       const int dims = d - b * kBlock < kBlock ? d - b * kBlock : kBlock;
       const float* x = a.from + t * a.stride + b * kBlock;
       uint8_t* codes = a.scratch + t * d + b * kBlock;
-      bool finite;
-      const float m = max_abs<S>(x, dims, finite);
-      if (!finite) {
+      const float m = max_abs<S>(x, dims);
+      if (!is_finite(m)) {
         report(status, kNonFinite, t);
         continue;
       }
@@ -57,13 +58,13 @@ int32_t encode_asymmetric_values(const kvpack::EncodeArgs& a) {
         high = S::max(high, v);
         low = S::max(low, S::sub(S::zero(), v));
       }
-      const auto range = Ranges<S, Codec>::of(S::set1(-S::reduce_max(low)), S::set1(S::reduce_max(high)));
+      // As Ranges::of, of one number.
+      const float zero = 0.0F - S::reduce_max(low), step = (S::reduce_max(high) - zero) / (2.0F * Codec::kMiddle);
+      const bool some = step >= kLeastStep;
+      const Ranges<S, Codec> range{S::zero(), S::set1(zero), S::set1(some ? 1.0F / step : 0.0F)};
       for (int i = 0; i < dims; i += S::kLanes) range.code(scaled<S>(x + i, power), codes + i);
-      alignas(64) float step[S::kLanes], zero[S::kLanes];
-      S::store(step, range.step);
-      S::store(zero, range.zero);
-      report(status, store_scale(step[0], power.e, a.tile.scales + b * kTile + t), t);
-      report(status, store_scale(zero[0], power.e, a.tile.scales + (blocks + b) * kTile + t), t);
+      report(status, store_scale(some ? step : 0.0F, power.e, a.tile.scales + b * kTile + t), t);
+      report(status, store_scale(zero, power.e, a.tile.scales + (blocks + b) * kTile + t), t);
     }
   return status;
 }
@@ -86,9 +87,8 @@ int32_t encode_asymmetric_keys(const kvpack::EncodeArgs& a) {
   int32_t status = 0;
   float each[kTile];
   for (int t = 0; t < kTile; ++t) {
-    bool finite;
-    each[t] = max_abs<S>(a.from + t * a.stride, d, finite);
-    if (!finite) report(status, kNonFinite, t);
+    each[t] = max_abs<S>(a.from + t * a.stride, d);
+    if (!is_finite(each[t])) report(status, kNonFinite, t);
   }
   if (status != 0) return status;
   for (int n = 0; n < kKeyGroups; ++n) {

@@ -5,6 +5,22 @@
 
 namespace {
 
+// 16 rows of 16 bytes, transposed: four times, the rows of one half are interleaved with those of the other.
+inline void transpose_16x16(const uint8_t* from, ptrdiff_t stride, uint8_t* to, ptrdiff_t to_stride) {
+  using V = uint8_t __attribute__((vector_size(16), aligned(1)));
+  V r[16], s[16];
+  for (int i = 0; i < 16; ++i) __builtin_memcpy(&r[i], from + i * stride, sizeof r[i]);
+  for (int stage = 0; stage < 4; ++stage) {
+    for (int i = 0; i < 8; ++i) {
+      s[2 * i] = __builtin_shufflevector(r[i], r[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      s[2 * i + 1] =
+          __builtin_shufflevector(r[i], r[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = s[i];
+  }
+  for (int i = 0; i < 16; ++i) __builtin_memcpy(to + i * to_stride, &r[i], sizeof r[i]);
+}
+
 template <class S>
 int32_t encode_elements(const kvpack::EncodeArgs& a) {
   using namespace kvpack;
@@ -13,10 +29,9 @@ int32_t encode_elements(const kvpack::EncodeArgs& a) {
   for (int t = 0; t < kTile; ++t) {
     const float* x = a.from + t * a.stride;
     uint8_t* codes = a.scratch + t * d;
-    bool finite;
-    const float m = max_abs<S>(x, d, finite);
-    if (!finite || m == 0.0F) {
-      if (!finite) report(status, kNonFinite, t);
+    const float m = max_abs<S>(x, d);
+    if (!is_finite(m) || m == 0.0F) {
+      if (m != 0.0F) report(status, kNonFinite, t);
       for (int i = 0; i < d; ++i) codes[i] = 0;
       a.tile.scales[t] = 0;
       continue;
@@ -30,8 +45,8 @@ int32_t encode_elements(const kvpack::EncodeArgs& a) {
     __builtin_memcpy(a.tile.codes, a.scratch, static_cast<size_t>(kTile * d));
     return status;
   }
-  for (int i = 0; i < d; ++i)
-    for (int t = 0; t < kTile; ++t) a.tile.codes[i * kTile + t] = a.scratch[t * d + i];
+  for (int i = 0; i < d; i += 16)
+    for (int t = 0; t < kTile; t += 16) transpose_16x16(a.scratch + t * d + i, d, a.tile.codes + i * kTile + t, kTile);
   return status;
 }
 

@@ -48,7 +48,7 @@ template <class Codec>
 struct Buckets {
   static constexpr float kPerUnit = static_cast<float>(1 / (8 * Codec::kUnit));
   alignas(64) float threshold[16];
-  alignas(64) float below[16];
+  alignas(64) int32_t below[16];
   bool crowded = false;
   static constexpr int cell(float a) { return a * kPerUnit < 15.0F ? static_cast<int>(a * kPerUnit) : 15; }
   constexpr Buckets() : threshold{}, below{} {
@@ -57,7 +57,7 @@ struct Buckets {
       threshold[c] = __builtin_inff();
       for (int k = 1; k < kHalf; ++k) {
         const float at = kvpack::threshold<Codec>(k);
-        if (cell(at) < c) below[c] += 1.0F;
+        if (cell(at) < c) ++below[c];
         if (cell(at) == c) {
           crowded = crowded || threshold[c] != __builtin_inff();
           threshold[c] = at;
@@ -67,26 +67,24 @@ struct Buckets {
   }
 };
 
-// The number of thresholds below a = |z|, as floats.
+// The number of thresholds below a = |z|.
 template <class S, class Codec>
-[[gnu::always_inline]] inline typename S::F count_below(typename S::F a) {
+[[gnu::always_inline]] inline typename S::I count_below(typename S::F a) {
   constexpr int kHalf = 1 << (Codec::kBits - 1);
   if constexpr (kHalf > 4 && requires { S::kLookUp16; }) {
     static constexpr Buckets<Codec> kBuckets{};
     static_assert(!kBuckets.crowded);
-    const auto cell = S::min(S::mul(a, S::set1(kBuckets.kPerUnit)), S::set1(15.0F));
-    return S::add_where_greater(S::look_up_16(kBuckets.below, cell), a, S::look_up_16(kBuckets.threshold, cell),
-                                S::set1(1.0F));
+    const auto cell = S::truncate_to_int(S::min(S::mul(a, S::set1(kBuckets.kPerUnit)), S::set1(15.0F)));
+    return S::count_where_greater(S::look_up_16(kBuckets.below, cell), a, S::look_up_16(kBuckets.threshold, cell));
   } else {
-    auto count = S::zero();
-    for (int k = 1; k < kHalf; ++k)
-      count = S::add_where_greater(count, a, S::set1(kvpack::threshold<Codec>(k)), S::set1(1.0F));
+    auto count = S::splat(0);
+    for (int k = 1; k < kHalf; ++k) count = S::count_where_greater(count, a, S::set1(kvpack::threshold<Codec>(k)));
     return count;
   }
 }
 
-// Lloyd-Max codes of z = y * gain / r, and their match (<y, q> only where it is asked for).
-template <class S, class Codec, bool Projects>
+// Lloyd-Max codes of z = y * inv, and their match (<y, q> only where it is asked for). In a search z = y * inv * gain.
+template <class S, class Codec, bool Projects, bool Search = false>
 Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes) {
   using F = typename S::F;
   constexpr int kHalf = 1 << (Codec::kBits - 1);
@@ -94,12 +92,12 @@ Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes
   F square = S::zero();
   const float xc = lane_sum<S>(
       head_dim, [&](int i) __attribute__((always_inline)) {
-        const F at = S::load(y + i), z = S::mul(S::mul(at, S::set1(inv)), S::set1(gain)), a = S::abs(z);
-        const F magnitude = count_below<S, Codec>(a);
+        const F at = S::load(y + i);
+        F z = S::mul(at, S::set1(inv));
+        if constexpr (Search) z = S::mul(z, S::set1(gain));
+        const auto magnitude = count_below<S, Codec>(S::abs(z));
         const F level = S::look_up_8(kPositive.level, magnitude);
-        // kHalf + magnitude above zero, kHalf - 1 - magnitude below: one expression in magnitude + 1/2.
-        S::store_low_bytes(codes + i, S::add(S::set1(static_cast<float>(kHalf) - 0.5F),
-                                             S::copy_sign(S::add(magnitude, S::set1(0.5F)), z)));
+        S::store_signed(codes + i, magnitude, z, kHalf);
         square = S::fma(level, level, square);  // exact: integers below 2^24
         return Projects ? S::mul(at, S::copy_sign(level, z)) : S::zero();
       });
@@ -112,15 +110,12 @@ int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors, fl
   using namespace kvpack;
   const bool projects = a.search || a.rule == Rule::mse || a.rule == Rule::unbiased;
   const int d = a.head_dim;
-  const auto coded = [&](int t, float gain, uint8_t* to) {
-    const float inv = 1.0F / vectors[t].r;
-    return projects ? assign<S, Codec, true>(a.x + t * d, d, inv, gain, to)
-                    : assign<S, Codec, false>(a.x + t * d, d, inv, gain, to);
-  };
   Match matches[kTile];
   for (int t = 0; t < kTile; ++t) {
+    const float inv = 1.0F / vectors[t].r;
     if (vectors[t].live)
-      matches[t] = coded(t, 1.0F, a.scratch + t * d);
+      matches[t] = projects ? assign<S, Codec, true>(a.x + t * d, d, inv, 1.0F, a.scratch + t * d)
+                            : assign<S, Codec, false>(a.x + t * d, d, inv, 1.0F, a.scratch + t * d);
     else
       __builtin_memset(a.scratch + t * d, 1 << (Codec::kBits - 1), static_cast<size_t>(d));
   }
@@ -135,7 +130,7 @@ int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors, fl
       alignas(64) uint8_t trial[kMaxHeadDim];
       float best = error_of(scale, matches[t], d);
       for (const float gain : kSearchGains) {
-        const Match m = coded(t, gain, trial);
+        const Match m = assign<S, Codec, true, true>(a.x + t * d, d, 1.0F / x.r, gain, trial);
         const float other = scale_of(a.rule, x, m, Codec::kUnit, d), error = error_of(other, m, d);
         if (error >= best) continue;
         best = error;
@@ -276,69 +271,68 @@ int32_t encode_trellis(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   return status;
 }
 
-// ggml's block formats. Scaling by a power of two first changes nothing but the range. `exponent` and `norm` belong to
-// a rotated vector: they go into its scale.
+// ggml's block formats: one block of every token after the other, in loops of their own, so that reductions and
+// divisions of many tokens overlap. Scaling by a power of two first changes nothing but the range. The exponent and the
+// norm of a rotated vector (vectors, else null) go into its scales.
 template <class S, class Codec>
-int32_t encode_block(const float* x, int n, int exponent, float norm, uint8_t* codes, uint16_t* scale) {
+int32_t encode_block(const kvpack::EncodeArgs& a, const Rotated* vectors, int block) {
+  using namespace kvpack;
   using F = typename S::F;
   constexpr bool kByte = Codec::kBits == 8;
+  constexpr int kBlock = Codec::kScaleBlock;
   constexpr auto kMiddle = static_cast<float>(1 << (Codec::kBits - 1));
-  const F max = max_abs_lanes<S>(x, n);
-  if (!Codec::kRotated && !is_finite<S>(max)) return kNonFinite;
-  const float m = S::reduce_max(max);
-  if (m == 0.0F) {
-    __builtin_memset(codes, 1 << (Codec::kBits - 1), static_cast<size_t>(n));
-    *scale = 0;
-    return kCoded;
+  const int d = a.head_dim, first = block * kBlock, dims = d - first < kBlock ? d - first : kBlock;
+  const auto row = [&](int t) { return (vectors != nullptr ? a.x + t * d : a.from + t * a.stride) + first; };
+  const float norm = unit_norm(d);
+  uint16_t* scales = a.tile.scales + block * kTile;
+  float extreme[kTile], down[kTile], again[kTile], inv[kTile];  // the element of the largest magnitude; factors of x
+  int32_t status = 0;
+  bool deep = false;  // whether there are elements so small that it takes two factors to scale them
+  for (int t = 0; t < kTile; ++t) {
+    extreme[t] = max_abs<S>(row(t), dims);
+    if (!Codec::kRotated && !is_finite(extreme[t])) report(status, kNonFinite, t);
   }
-  const PowerOfTwo power(m);
-  float extreme = m;
-  if constexpr (!kByte) {
-    // The first element of the largest magnitude. Only its sign is in question, and that only if both signs reach it.
-    F top = S::load(x), bottom = top;
-    for (int i = S::kLanes; i < n; i += S::kLanes) {
-      top = S::max(top, S::load(x + i));
-      bottom = S::min(bottom, S::load(x + i));
+  if (status != 0) return status;
+  if constexpr (!kByte)
+    for (int t = 0; t < kTile; ++t) {
+      uint32_t largest = 0;
+      for (int i = 0; i < dims; i += S::kLanes)
+        largest |= S::equal_lanes(S::abs(S::load(row(t) + i)), S::set1(extreme[t])) << i;
+      extreme[t] = row(t)[__builtin_ctz(largest)];
     }
-    if (S::reduce_max(top) != m) {
-      extreme = -m;
-    } else if (S::reduce_max(S::sub(S::zero(), bottom)) == m) {
-      int first = 0;
-      while (__builtin_fabsf(x[first]) != m) ++first;
-      extreme = x[first];
+  for (int t = 0; t < kTile; ++t) {
+    const float m = __builtin_fabsf(extreme[t]);
+    scales[t] = 0;
+    down[t] = again[t] = inv[t] = 0.0F;  // of zeros: codes in the middle
+    if (m == 0.0F) continue;
+    const PowerOfTwo power(m);
+    const float step = extreme[t] * power.down * power.down_again / (kByte ? 127.0F : -kMiddle);
+    down[t] = power.down;
+    again[t] = power.down_again;
+    inv[t] = 1.0F / step;
+    deep = deep || power.down_again != 1.0F;
+    const int e = vectors != nullptr ? vectors[t].e : 0;
+    report(status, store_scale(Codec::kRotated ? step * norm : step, power.e + e, scales + t), t);
+  }
+  for (int t = 0; t < kTile; ++t)
+    for (int i = 0; i < dims; i += S::kLanes) {
+      uint8_t* to = a.scratch + t * d + first + i;
+      F y = S::mul(S::load(row(t) + i), S::set1(down[t]));
+      if (deep) y = S::mul(y, S::set1(again[t]));
+      y = S::mul(y, S::set1(inv[t]));
+      if constexpr (kByte)
+        S::store_low_bytes(to, S::add(S::round_even(y), S::set1(128.0F)));
+      else  // truncates
+        S::store_low_bytes(to, S::min(S::add(y, S::set1(kMiddle + 0.5F)), S::set1(2.0F * kMiddle - 1.0F)));
     }
-  }
-  const float step = extreme * power.down * power.down_again / (kByte ? 127.0F : -kMiddle), inv = 1.0F / step;
-  for (int i = 0; i < n; i += S::kLanes) {
-    F v = S::mul(S::load(x + i), S::set1(power.down));
-    if (power.down_again != 1.0F) v = S::mul(v, S::set1(power.down_again));
-    const F y = S::mul(v, S::set1(inv));
-    if constexpr (kByte)
-      S::store_low_bytes(codes + i, S::add(S::round_even(y), S::set1(128.0F)));
-    else
-      S::store_low_bytes(codes + i,
-                         S::min(S::add(y, S::set1(kMiddle + 0.5F)), S::set1(2.0F * kMiddle - 1.0F)));  // truncates
-  }
-  return store_scale(Codec::kRotated ? step * norm : step, power.e + exponent, scale);
+  return status;
 }
 
 template <class S, class Codec>
 int32_t encode_blocks(const kvpack::EncodeArgs& a, const Rotated* vectors) {
-  using kvpack::kTile;
-  constexpr int kBlock = Codec::kScaleBlock;
-  const int blocks = kvpack::scale_blocks(kBlock, Codec::kBits, a.head_dim);
-  const float norm = unit_norm(a.head_dim);
+  const int blocks = kvpack::scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   int32_t status = 0;
-  for (int t = 0; t < kTile; ++t)
-    for (int b = 0; b < blocks; ++b) {
-      const int left = a.head_dim - b * kBlock;
-      const int e = vectors != nullptr ? vectors[t].e : 0;
-      const float* row = vectors != nullptr ? a.x + t * a.head_dim : a.from + t * a.stride;
-      report(status,
-             encode_block<S, Codec>(row + b * kBlock, left < kBlock ? left : kBlock, e, norm,
-                                    a.scratch + t * a.head_dim + b * kBlock, a.tile.scales + b * kTile + t),
-             t);
-    }
+  for (int b = 0; b < blocks; ++b) status = first_of(status, encode_block<S, Codec>(a, vectors, b));
   return status;
 }
 

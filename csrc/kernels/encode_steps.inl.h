@@ -22,15 +22,10 @@ template <class S>
   for (int i = S::kLanes; i < n; i += S::kLanes) max = S::max_bits(max, S::abs(S::load(x + i)));
   return max;
 }
+inline bool is_finite(float m) { return float_bits(m) < 0x7f800000U; }
 template <class S>
-bool is_finite(typename S::F max) {
-  return S::reduce_add(S::mul(max, S::zero())) == 0.0F;
-}
-template <class S>
-float max_abs(const float* x, int n, bool& finite) {
-  const auto max = max_abs_lanes<S>(x, n);
-  finite = is_finite<S>(max);
-  return S::reduce_max(max);
+[[gnu::always_inline]] inline float max_abs(const float* x, int n) {
+  return S::reduce_max_bits(max_abs_lanes<S>(x, n));
 }
 
 // A sum in 16 lanes: product(i) are those of the vector at i.
@@ -72,15 +67,11 @@ int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
   constexpr int kVectors = D / S::kLanes;
   int32_t status = 0;
   float top = 0.0F, each[kTile];
-  auto all = S::zero();
   for (int t = 0; t < kTile; ++t) {
-    const auto max = max_abs_lanes<S>(a.from + t * a.stride, D);
-    all = S::max_bits(all, max);
-    each[t] = S::reduce_max(max);
+    each[t] = max_abs<S>(a.from + t * a.stride, D);
+    if (!is_finite(each[t])) report(status, kNonFinite, t);
     top = each[t] > top ? each[t] : top;
   }
-  for (int t = 0; t < kTile && !is_finite<S>(all); ++t)
-    if (!is_finite<S>(max_abs_lanes<S>(a.from + t * a.stride, D))) report(status, kNonFinite, t);
   if (status != 0) return status;
   typename S::F v[kVectors];
   if (a.tile.mean == nullptr) {
@@ -123,9 +114,8 @@ int32_t encode_mean_of(const kvpack::EncodeArgs& a) {
   float top = 0.0F;
   int tokens = 0;
   for (int t = 0; t < kTile; ++t) {
-    bool finite;
-    const float m = max_abs<S>(a.from + t * a.stride, D, finite);
-    if (!finite) report(status, kNonFinite, t);
+    const float m = max_abs<S>(a.from + t * a.stride, D);
+    if (!is_finite(m)) report(status, kNonFinite, t);
     top = m > top ? m : top;
     tokens += m > 0.0F ? 1 : 0;
   }
@@ -146,8 +136,7 @@ int32_t encode_mean_of(const kvpack::EncodeArgs& a) {
   hadamard<S, D>(sum);
   alignas(64) float y[D];
   for (int i = 0; i < D / S::kLanes; ++i) S::store(y + i * S::kLanes, sum[i]);
-  bool finite;
-  const float peak = max_abs<S>(y, D, finite);
+  const float peak = max_abs<S>(y, D);
   if (peak < 0x1p-100F) return 0;
   const float step = peak / 127.0F, inv = 1.0F / step;
   for (int i = 0; i < D; ++i) a.tile.mean[i] = static_cast<int8_t>(__builtin_nearbyintf(y[i] * inv));

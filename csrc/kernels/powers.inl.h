@@ -9,6 +9,13 @@ namespace {
 // What an encoder reports for a vector: 0, or the reason why it cannot be coded.
 enum : int32_t { kCoded = 0, kNonFinite = 1, kScaleOverflow = 2 };
 
+// The first of two statuses (EncodeArgs): what is not finite first, then the earlier token.
+[[maybe_unused]] inline int32_t first_of(int32_t a, int32_t b) {
+  if (a == 0 || b == 0) return a + b;
+  if ((a > 0) != (b > 0)) return (a > b ? a : b);
+  return (a < 0 ? -a : a) <= (b < 0 ? -b : b) ? a : b;
+}
+
 // 2^n, -126 <= n <= 127.
 inline float two_to(int n) { return __builtin_bit_cast(float, static_cast<uint32_t>(n + 127) << 23); }
 

@@ -127,13 +127,11 @@ struct Avx2 {
   static F scale_by_power(F a, F n) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
   }
-  static F add_where_greater(F acc, F a, F b, F inc) {
-    return _mm256_add_ps(acc, _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), inc));
+  static I count_where_greater(I n, F a, F b) {
+    return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
   }
   static F zero_where_less(F v, F a, F b) { return _mm256_and_ps(v, _mm256_cmp_ps(a, b, _CMP_NLT_UQ)); }
-  static F look_up_8(const float* table, F n) {
-    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), _mm256_cvttps_epi32(n));
-  }
+  static F look_up_8(const float* table, I n) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), n); }
   static float reduce_16(const F (&part)[2]) {
     const F eight = _mm256_add_ps(part[0], part[1]);
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -144,6 +142,15 @@ struct Avx2 {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  static float reduce_max_bits(F v) {
+    const I all = _mm256_castps_si256(v);
+    __m128i x = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4E));
+    return bits_float(static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32(x, 0xB1)))));
+  }
+  static uint32_t equal_lanes(F a, F b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)));
   }
   static float reduce_add(F v) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -157,10 +164,16 @@ struct Avx2 {
     v = _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(v, 0x4E));
     return _mm256_fmadd_ps(v, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(v, 0xB1));
   }
-  static void store_low_bytes(uint8_t* p, F v) {
-    const I x = _mm256_and_si256(_mm256_cvttps_epi32(v), _mm256_set1_epi32(0xff));
+  static void store_bytes(uint8_t* p, I x) {  // of dwords in 0..255
     const __m128i w = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(w, w));
+  }
+  static void store_low_bytes(uint8_t* p, F v) {
+    store_bytes(p, _mm256_and_si256(_mm256_cvttps_epi32(v), _mm256_set1_epi32(0xff)));
+  }
+  static void store_signed(uint8_t* p, I n, F sign, int32_t middle) {
+    const I all = _mm256_srai_epi32(_mm256_castps_si256(sign), 31);
+    store_bytes(p, _mm256_add_epi32(_mm256_xor_si256(n, all), splat(middle)));
   }
   static void reduce_add_4(F a, F b, F c, F d, float* out) {
     const F s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));

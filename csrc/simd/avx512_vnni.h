@@ -126,18 +126,18 @@ struct Avx512Vnni {
   static F truncate(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }
-  static F add_where_greater(F acc, F a, F b, F inc) {
-    return _mm512_mask_add_ps(acc, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), acc, inc);
+  static I count_where_greater(I n, F a, F b) {
+    return _mm512_mask_sub_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), n, _mm512_set1_epi32(-1));
   }
   static F zero_where_less(F v, F a, F b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), v); }
-  static F look_up_8(const float* table, F n) {
-    return _mm512_permutexvar_ps(_mm512_cvttps_epi32(n), _mm512_castps256_ps512(_mm256_loadu_ps(table)));
+  static F look_up_8(const float* table, I n) {
+    return _mm512_permutexvar_ps(n, _mm512_castps256_ps512(_mm256_loadu_ps(table)));
   }
   // As look_up_8, of 16 entries; a level that has it says so.
   static constexpr bool kLookUp16 = true;
-  static F look_up_16(const float* table, F n) {
-    return _mm512_permutexvar_ps(_mm512_cvttps_epi32(n), _mm512_load_ps(table));
-  }
+  static I truncate_to_int(F n) { return _mm512_cvttps_epi32(n); }
+  static F look_up_16(const float* table, I n) { return _mm512_permutexvar_ps(n, _mm512_load_ps(table)); }
+  static I look_up_16(const int32_t* table, I n) { return _mm512_permutexvar_epi32(n, _mm512_load_si512(table)); }
   static float reduce_16(const F (&part)[1]) {
     const __m256 eight = fold(part[0]);
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -145,6 +145,10 @@ struct Avx512Vnni {
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
   }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+  static float reduce_max_bits(F v) {
+    return bits_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_castps_si512(v))));
+  }
+  static uint32_t equal_lanes(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
   // Strides 8, 4, 2, 1: the partner's value plus or minus our own. The multiplication by +-1 is exact.
   template <int Width>
@@ -159,6 +163,11 @@ struct Avx512Vnni {
   }
   static void store_low_bytes(uint8_t* p, F v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(v)));
+  }
+  static void store_signed(uint8_t* p, I n, F sign, int32_t middle) {
+    const I all = _mm512_srai_epi32(_mm512_castps_si512(sign), 31);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_xor_si512(n, all), splat(middle))));
   }
   static __m256 fold(F v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
   static void reduce_add_4(F a, F b, F c, F d, float* out) {

@@ -23,18 +23,11 @@ namespace {
   if (mag >= 0x7f800000U) return static_cast<uint16_t>(sign | (mag > 0x7f800000U ? 0x7e00U : 0x7c00U));
   if (mag >= 0x477ff000U) return static_cast<uint16_t>(sign | 0x7c00U);  // rounds to 65536 or more
   if (mag < 0x33000001U) return static_cast<uint16_t>(sign);             // at most half the smallest subnormal
-  uint32_t half, rest, tie;
-  if (mag < 0x38800000U) {                      // subnormal result
-    const uint32_t shift = 126U - (mag >> 23);  // 14..24
-    const uint32_t m = (mag & 0x7fffffU) | 0x800000U;
-    half = m >> shift;
-    rest = m & ((1U << shift) - 1);
-    tie = 1U << (shift - 1);
-  } else {
-    half = (mag - 0x38000000U) >> 13;
-    rest = mag & 0x1fffU;
-    tie = 0x1000U;
-  }
+  if (mag >= 0x38800000U)  // no branch on how it rounds, which nothing predicts
+    return static_cast<uint16_t>(sign | ((mag - 0x38000000U + 0xfffU + (mag >> 13 & 1U)) >> 13));
+  const uint32_t shift = 126U - (mag >> 23);  // 14..24, to a subnormal
+  const uint32_t m = (mag & 0x7fffffU) | 0x800000U, rest = m & ((1U << shift) - 1), tie = 1U << (shift - 1);
+  uint32_t half = m >> shift;
   half += (rest > tie || (rest == tie && (half & 1U) != 0)) ? 1U : 0U;
   return static_cast<uint16_t>(sign | half);
 }

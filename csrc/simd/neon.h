@@ -118,15 +118,13 @@ struct Neon {
   static F scale_by_power(F a, F n) {
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vcvtnq_s32_f32(n), 23)));
   }
-  static F add_where_greater(F acc, F a, F b, F inc) {
-    return vaddq_f32(acc, vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a, b), vreinterpretq_u32_f32(inc))));
-  }
+  static I count_where_greater(I n, F a, F b) { return vsubq_s32(n, vreinterpretq_s32_u32(vcgtq_f32(a, b))); }
   static F zero_where_less(F v, F a, F b) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(a, b)));
   }
-  static F look_up_8(const float* table, F n) {
+  static F look_up_8(const float* table, I n) {
     const uint8x16x2_t bytes = {{vreinterpretq_u8_f32(vld1q_f32(table)), vreinterpretq_u8_f32(vld1q_f32(table + 4))}};
-    const uint32x4_t at = vmlaq_n_u32(vdupq_n_u32(0x03020100U), vreinterpretq_u32_s32(vcvtq_s32_f32(n)), 0x04040404U);
+    const uint32x4_t at = vmlaq_n_u32(vdupq_n_u32(0x03020100U), vreinterpretq_u32_s32(n), 0x04040404U);
     return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(at)));
   }
   static float reduce_16(const F (&part)[4]) {
@@ -135,6 +133,11 @@ struct Neon {
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
   }
   static float reduce_max(F v) { return vmaxvq_f32(v); }
+  static float reduce_max_bits(F v) { return bits_float(vmaxvq_u32(vreinterpretq_u32_f32(v))); }
+  static uint32_t equal_lanes(F a, F b) {
+    const uint32_t bit[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vceqq_f32(a, b), vld1q_u32(bit)));
+  }
   static float reduce_add(F v) { return vaddvq_f32(v); }
   template <int Width>
   static F hadamard_in_lane(F v) {
@@ -143,8 +146,12 @@ struct Neon {
     v = vfmaq_f32(vextq_f32(v, v, 2), v, vld1q_f32(swap_signs[0]));
     return vfmaq_f32(vrev64q_f32(v), v, vld1q_f32(swap_signs[1]));
   }
-  static void store_low_bytes(uint8_t* p, F v) {
-    const uint16x4_t half = vmovn_u32(vreinterpretq_u32_s32(vcvtq_s32_f32(v)));
+  static void store_signed(uint8_t* p, I n, F sign, int32_t middle) {
+    store_bytes(p, vaddq_s32(veorq_s32(n, vshrq_n_s32(vreinterpretq_s32_f32(sign), 31)), vdupq_n_s32(middle)));
+  }
+  static void store_low_bytes(uint8_t* p, F v) { store_bytes(p, vcvtq_s32_f32(v)); }
+  static void store_bytes(uint8_t* p, I v) {
+    const uint16x4_t half = vmovn_u32(vreinterpretq_u32_s32(v));
     const uint8x8_t low = vmovn_u16(vcombine_u16(half, half));
     vst1_lane_u32(reinterpret_cast<uint32_t*>(p), vreinterpret_u32_u8(low), 0);
   }

@@ -19,9 +19,12 @@
 //   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
 //   load_repeated<W>      W floats, over and over
 //   max_bits              the larger of two numbers without a sign; a NaN is larger than any
-//   look_up_8             entry n of a table of 8 floats, for whole n in 0..7
+//   reduce_max_bits       the largest lane in that order
+//   equal_lanes           a bit for each lane where a == b
+//   look_up_8             entry n of a table of 8 floats, for n in 0..7
 //   reduce_16             the sum of 16 lanes in the format's order
-//   add_where_greater     acc + (a > b ? inc : 0)
+//   count_where_greater   n + (a > b ? 1 : 0)
+//   store_signed          bytes middle + n, or middle - 1 - n where the sign bit of the float is set
 //   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
 //   load_element<dtype>   kLanes elements as floats; e4m3: in units of kE4m3Unit, subnormals whatever the mode
 //   store_int16           floats below 2^31, rounded half to even, cut off at the range of int16
@@ -149,9 +152,9 @@ struct Scalar {
   static F truncate(F a) { return std::trunc(a); }
   static F to_float(I v) { return static_cast<float>(static_cast<int32_t>(v)); }
   static F scale_by_power(F a, F n) { return std::ldexp(a, static_cast<int>(n)); }
-  static F add_where_greater(F acc, F a, F b, F inc) { return a > b ? acc + inc : acc; }
+  static I count_where_greater(I n, F a, F b) { return a > b ? n + 1 : n; }
   static F zero_where_less(F v, F a, F b) { return a < b ? 0.0F : v; }
-  static F look_up_8(const float* table, F n) { return table[static_cast<int>(n)]; }
+  static F look_up_8(const float* table, I n) { return table[n]; }
   // The format's order: l + (l + 8), then 4, 2, 1.
   static float reduce_16(const F (&part)[16]) {
     float l[16];
@@ -161,12 +164,17 @@ struct Scalar {
     return l[0];
   }
   static float reduce_max(F v) { return v; }
+  static float reduce_max_bits(F v) { return v; }
+  static uint32_t equal_lanes(F a, F b) { return a == b ? 1 : 0; }
   static float reduce_add(F v) { return v; }
   template <int>
   static F hadamard_in_lane(F v) {
     return v;
   }
   static void store_low_bytes(uint8_t* p, F v) { *p = static_cast<uint8_t>(static_cast<int32_t>(v)); }
+  static void store_signed(uint8_t* p, I n, F sign, int32_t middle) {
+    *p = static_cast<uint8_t>(static_cast<I>(middle) + (std::signbit(sign) ? ~n : n));
+  }
   static void reduce_add_4(F a, F b, F c, F d, float* out) {
     out[0] = a;
     out[1] = b;
