@@ -34,6 +34,7 @@ template <class S>
 // Of the largest |x|; a group of zeros has none.
 inline PowerOfTwo power_of(float m) { return PowerOfTwo(m == 0.0F ? 1.0F : m); }
 
+// One group of every token after the other, in loops of their own, so that reductions and divisions overlap.
 template <class S, class Codec>
 int32_t encode_asymmetric_values(const kvpack::EncodeArgs& a) {
   using namespace kvpack;
@@ -42,30 +43,43 @@ int32_t encode_asymmetric_values(const kvpack::EncodeArgs& a) {
   const int d = a.head_dim, blocks = scale_blocks(kBlock, Codec::kBits, d);
   int32_t status = 0;
   for (int t = 0; t < kTile; ++t)
-    for (int b = 0; b < blocks; ++b) {
-      const int dims = d - b * kBlock < kBlock ? d - b * kBlock : kBlock;
-      const float* x = a.from + t * a.stride + b * kBlock;
-      uint8_t* codes = a.scratch + t * d + b * kBlock;
-      const float m = max_abs<S>(x, dims);
-      if (!is_finite(m)) {
-        report(status, kNonFinite, t);
-        continue;
-      }
-      const PowerOfTwo power = power_of(m);
-      F high = scaled<S>(x, power), low = S::sub(S::zero(), high);
+    if (!is_finite(max_abs<S>(a.from + t * a.stride, d))) report(status, kNonFinite, t);
+  if (status != 0) return status;
+  for (int b = 0; b < blocks; ++b) {
+    const int dims = d - b * kBlock < kBlock ? d - b * kBlock : kBlock;
+    const auto row = [&](int t) { return a.from + t * a.stride + b * kBlock; };
+    float top[kTile], bottom[kTile], inv[kTile];
+    for (int t = 0; t < kTile; ++t) {
+      F high = S::load(row(t)), low = S::sub(S::zero(), high);
       for (int i = S::kLanes; i < dims; i += S::kLanes) {
-        const F v = scaled<S>(x + i, power);
+        const F v = S::load(row(t) + i);
         high = S::max(high, v);
         low = S::max(low, S::sub(S::zero(), v));
       }
-      // As Ranges::of, of one number.
-      const float zero = 0.0F - S::reduce_max(low), step = (S::reduce_max(high) - zero) / (2.0F * Codec::kMiddle);
-      const bool some = step >= kLeastStep;
-      const Ranges<S, Codec> range{S::zero(), S::set1(zero), S::set1(some ? 1.0F / step : 0.0F)};
-      for (int i = 0; i < dims; i += S::kLanes) range.code(scaled<S>(x + i, power), codes + i);
-      report(status, store_scale(some ? step : 0.0F, power.e, a.tile.scales + b * kTile + t), t);
-      report(status, store_scale(zero, power.e, a.tile.scales + (blocks + b) * kTile + t), t);
+      top[t] = S::reduce_max(high);
+      bottom[t] = 0.0F - S::reduce_max(low);
     }
+    int32_t own = 0;
+    PowerOfTwo powers[kTile];
+    for (int t = 0; t < kTile; ++t) {  // as Ranges::of
+      const float m = top[t] > -bottom[t] ? top[t] : -bottom[t];
+      const PowerOfTwo power = power_of(m);
+      const float zero = bottom[t] * power.down * power.down_again;
+      const float step = (top[t] * power.down * power.down_again - zero) / (2.0F * Codec::kMiddle);
+      const bool some = step >= kLeastStep;
+      powers[t] = power;
+      bottom[t] = zero;
+      inv[t] = some ? 1.0F / step : 0.0F;
+      report(own, store_scale(some ? step : 0.0F, power.e, a.tile.scales + b * kTile + t), t);
+      report(own, store_scale(zero, power.e, a.tile.scales + (blocks + b) * kTile + t), t);
+    }
+    for (int t = 0; t < kTile; ++t) {
+      const Ranges<S, Codec> range{S::zero(), S::set1(bottom[t]), S::set1(inv[t])};
+      for (int i = 0; i < dims; i += S::kLanes)
+        range.code(scaled<S>(row(t) + i, powers[t]), a.scratch + t * d + b * kBlock + i);
+    }
+    status = first_of(status, own);
+  }
   return status;
 }
 

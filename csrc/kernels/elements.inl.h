@@ -25,6 +25,7 @@ template <class S>
 int32_t encode_elements(const kvpack::EncodeArgs& a) {
   using namespace kvpack;
   const int d = a.head_dim;
+  alignas(64) float y[kMaxHeadDim];
   int32_t status = 0;
   for (int t = 0; t < kTile; ++t) {
     const float* x = a.from + t * a.stride;
@@ -38,7 +39,11 @@ int32_t encode_elements(const kvpack::EncodeArgs& a) {
     }
     const PowerOfTwo power(m);
     const float step = m * power.down * power.down_again / 448.0F, inv = 1.0F / step;
-    for (int i = 0; i < d; ++i) codes[i] = float_to_e4m3(x[i] * power.down * power.down_again * inv);
+    for (int i = 0; i < d; i += S::kLanes) {
+      const auto v = S::mul(S::mul(S::load(x + i), S::set1(power.down)), S::set1(power.down_again));
+      S::store(y + i, S::mul(v, S::set1(inv)));
+    }
+    for (int i = 0; i < d; ++i) codes[i] = float_to_e4m3(y[i]);
     report(status, store_scale(step, power.e, a.tile.scales + t), t);
   }
   if (a.side == Side::value) {

@@ -21,8 +21,9 @@ inline float two_to(int n) { return __builtin_bit_cast(float, static_cast<uint32
 
 // 2^-e with 2^e <= m < 2^(e+1), as two factors: the second is needed where 2^-e exceeds the float range.
 struct PowerOfTwo {
-  int e;
-  float down, down_again;
+  int e = 0;
+  float down = 1.0F, down_again = 1.0F;
+  PowerOfTwo() = default;
   explicit PowerOfTwo(float m) {
     const auto biased = static_cast<int>(__builtin_bit_cast(uint32_t, m) >> 23);
     e = biased != 0 ? biased - 127 : -118 - __builtin_clz(__builtin_bit_cast(uint32_t, m));

@@ -47,7 +47,8 @@ namespace {
   const uint32_t b = float_bits(v), mag = b & 0x7fffffffU, size = mag < 0x43e00000U ? mag : 0x43e00000U;
   const uint32_t normal = ((size + 0x7ffffU + (size >> 20 & 1U)) >> 20) - 960U;
   const uint32_t subnormal = float_bits(bits_float(size) + 16384.0F) & 0xffU;  // in steps of 2^-9
-  return static_cast<uint8_t>((b >> 24 & 0x80U) | (size < 0x3c800000U ? subnormal : normal));
+  const uint32_t small = 0U - static_cast<uint32_t>(size < 0x3c800000U);       // a choice that vectorizes
+  return static_cast<uint8_t>((b >> 24 & 0x80U) | (subnormal & small) | (normal & ~small));
 }
 
 // The fields of e4m3 moved into those of fp16: the value times 2^-8, of which 256 is the unit.
