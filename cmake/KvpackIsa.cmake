@@ -36,6 +36,10 @@ function(kvpack_add_isa name)
     endif()
   elseif(KVPACK_TESTS AND optimize STREQUAL "-O3")
     # nm apart from grep: where nm fails, or finds no table, the test must fail too.
+    if(NOT name STREQUAL "scalar")
+      add_test(NAME isa_${name}_prefetches
+        COMMAND "${CMAKE_SOURCE_DIR}/tests/cpp/prefetches.sh" "${CMAKE_OBJDUMP}" "$<TARGET_OBJECTS:isa_${name}>")
+    endif()
     add_test(NAME isa_${name}_has_no_weak_symbols
       COMMAND sh -c "symbols=$('${CMAKE_NM}' -C --defined-only '$<TARGET_OBJECTS:isa_${name}>') && echo \"$symbols\" | grep -q kTable_${name} && ! echo \"$symbols\" | grep -E ' [WVu] '")
   endif()
