@@ -1,55 +1,102 @@
-"""The speed table of README: attend per codec against torch and against our own exact kernel, cold caches.
+"""The speed of attention over packed tokens: every codec against torch and our own exact kernel; writes docs/speed.md.
 
-    python benchmarks/attend.py [--quick] [--threads N]
+    python benchmarks/attend.py                       a quarter of an hour
+    python benchmarks/attend.py --contexts 16384 --dims 128 --threads 1 --codecs exact,tq4,tcq3 --doc ""
 
-Everything runs interleaved in one process; printed are medians with the 10th and 90th percentile of the per-round
-ratios. The contenders are those of ``kvpack bench``.
+Decode steps of one layer, 8 KV heads with 4 query heads each, cold: every contender walks through copies of its data
+that are together larger than the processor's caches. All contenders run interleaved in one process; printed are medians
+and, of ratios within a round, the 10th and 90th percentile. "torch best" is the fastest of torch's ways in that table.
+The bandwidth is that of torch.dot over vectors of float32 of the same total size, in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
+import time
+from pathlib import Path
 
 import torch
 
+import kvpack
 from kvpack import isa
-from kvpack.eval.bench import BenchRow, BenchShape, bench_attend
+from kvpack.eval import bench
+from kvpack.eval.bench import GROUPED, MATMUL, TORCH, BenchRow, BenchShape, bench_attend
+from kvpack.eval.quality_report import write_doc
 
-CODECS = ["exact", "q8_0", "q4_0", "tq4", "tq4/tq3", "tq3", "tq2"]
+ROOT = Path(__file__).resolve().parent.parent
+STOCK = (TORCH, GROUPED, MATMUL)
 
 
-def line(row: BenchRow, exact: BenchRow) -> str:
-    """One row of the table."""
-    per_token = row.microseconds.median * 1e3 / (row.context * row.kv_heads * row.batch)
-    against_exact = exact.microseconds.median / row.microseconds.median
-    ratio = row.ratio
-    return (
-        f"| {row.context} | {row.head_dim} | {row.codec} | {per_token:.1f} | {ratio.median:.1f} "
-        f"[{ratio.low:.1f}, {ratio.high:.1f}] | {against_exact:.2f} |"
-    )
+def bandwidth() -> float:
+    """Bytes per second that torch.dot reads, the best of some runs: what this many threads get from memory."""
+    a, b = (torch.ones(bench.COLD_BYTES // 8) for _ in range(2))
+    best = 0.0
+    for _ in range(7):
+        began = time.perf_counter()
+        torch.dot(a, b)
+        best = max(best, 2 * a.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def table(rows: list[BenchRow], memory: float) -> str:
+    """One table of Markdown."""
+    exact = next((row for row in rows if row.codec == "exact"), None)
+    best = min((row for row in rows if row.codec in STOCK), key=lambda row: row.microseconds.median)
+    lines = [
+        "| | us a call | ns per KV head and token | GB/s | of bandwidth | times our exact | times torch best |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        took, tokens = row.microseconds.median, row.context * row.kv_heads * row.batch
+        name = row.codec if row.codec in STOCK else f"`{row.codec}`"
+        against = "-" if exact is None else f"{exact.microseconds.median / took:.2f}"
+        lines.append(
+            f"| {name} | {took:.0f} [{row.microseconds.low:.0f}, {row.microseconds.high:.0f}] "
+            f"| {1e3 * took / tokens:.1f} | {row.gigabytes_per_second:.1f} "
+            f"| {row.gigabytes_per_second * 1e9 / memory:.0%} | {against} | {best.microseconds.median / took:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    shapes = (
-        [BenchShape(context=1024)]
-        if arguments.quick
-        else [
-            BenchShape(context=context, head_dim=head_dim) for head_dim in (128, 64) for context in (1024, 4096, 16384)
-        ]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--codecs", default="", help="codecs, or KEY/VALUE [default: every codec]")
+    add("--contexts", default="256,4096,16384,65536")
+    add("--dims", default="128,64")
+    add("--threads", default="1,2")
+    add("--dtype", default="bfloat16", help="of torch's keys and values, of `exact` and of the query")
+    add("--rounds", type=int, default=9)
+    add("--doc", default=str(ROOT / "docs/speed.md"), help="written between its markers; empty for none")
+    options = parser.parse_args()
+    codecs = options.codecs.split(",") if options.codecs else kvpack.codecs()
+    contexts, dims, threads = (
+        [int(x) for x in text.split(",")] for text in (options.contexts, options.dims, options.threads)
     )
-    print(f"ISA {isa.active()}, {arguments.threads} thread(s), 8 KV heads x 4 query heads, torch in bfloat16\n")
-    print("| tokens | d | codec | ns per KV head and token | times torch SDPA bf16 | times our exact |")
-    print("|---|---|---|---|---|---|")
-    for shape in shapes:
-        rows = bench_attend(CODECS, shape, rounds=3 if arguments.quick else 9)
-        exact = next(row for row in rows if row.codec == "exact")
-        for row in rows:
-            print(line(row, exact), flush=True)
+    parts = [f"{processor()}, ISA {isa.active()}, torch {torch.__version__}, {options.dtype}, {options.rounds} rounds."]
+    for count in threads:
+        torch.set_num_threads(count)
+        memory = bandwidth()
+        for dim in dims:
+            for context in contexts if count == threads[0] else contexts[-2:]:
+                rows = bench_attend(
+                    codecs, BenchShape(context, head_dim=dim, dtype=options.dtype), rounds=options.rounds
+                )
+                head = f"**{context} tokens, d = {dim}, threads: {count}**, bandwidth {memory / 1e9:.1f} GB/s"
+                parts.append(f"{head}\n\n{table(rows, memory)}")
+                print(parts[-1] + "\n", flush=True)
+    if options.doc:
+        write_doc(Path(options.doc), "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -76,15 +76,15 @@ def test_bench_attend_is_right_before_it_is_timed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(benches, "COLD_BYTES", 1)
     shape = benches.BenchShape(context=200, kv_heads=2, group=2, head_dim=64, dtype="float32")
     assert shape.tokens == 256
-    assert shape.layers == 1
+    assert shape.copies(shape.dense_bytes) == 1
     keys, values = benches._random(shape, 0)
     query = torch.randn(1, 4, 1, 64)
-    want = benches._stock(shape, query, keys, values).calls[0]()
     packed = benches._packed("exact", shape, query, keys, values, 1)
     # The packed side attends to one exact token more, the one that a step brings.
     more = [torch.cat([x, x[:, :, :1]], dim=2) for x in (keys, values)]
-    want = benches._stock(shape, query, *more).calls[0]()
-    assert torch.allclose(packed.calls[0](), want, atol=1e-3)
+    for name in (benches.TORCH, benches.GROUPED, benches.MATMUL):
+        want = benches._stock(name, shape, query, *more).calls[0]()
+        assert torch.allclose(packed.calls[0](), want.view(1, 4, 1, 64), atol=1e-3)
     assert packed.read == 2 * 2 * 256 * 64 * 4
 
 
@@ -94,7 +94,7 @@ def test_bench_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = benches.bench_attend(["tq4", "tq4/tq3"], shape, rounds=2)
     rows += benches.bench_encode(["tq4"], shape, rounds=2)
     assert [(row.what, row.codec) for row in rows] == [
-        ("attend", "torch"), ("attend", "torch, grouped"),
+        ("attend", "torch"), ("attend", "torch, grouped"), ("attend", "torch, matmul"),
         ("attend", "tq4"), ("attend", "tq4/tq3"), ("encode", "torch"), ("encode", "tq4"),
     ]  # fmt: skip
     assert all(row.ratio.median == 1.0 for row in rows if row.codec == "torch")

@@ -1,9 +1,9 @@
 """Operator benchmarks: `attend` and `encode` against torch, in one process, interleaved.
 
 A decode step walks through the layers of a model, and a layer's cache is not in the processor's caches when
-its turn comes. So every contender owns `layers` copies of its data, enough to exceed them, and uses them in
-turn. A sample is one walk; samples of all contenders alternate, in rotating order, and ratios are formed
-within a round.
+its turn comes. So every contender owns copies of its data, enough to exceed them, and uses them in turn. A
+sample is one walk; samples of all contenders alternate, in rotating order, and ratios are formed within a
+round.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .models import torch_dtype
 from .modes import Progress, no_progress
 from .speed import Spread
 
-TORCH, GROUPED = "torch", "torch, grouped"
-#: Dense bytes that the copies of one contender must reach together.
+TORCH, GROUPED, MATMUL = "torch", "torch, grouped", "torch, matmul"
+#: Bytes that the copies of one contender must reach together: several times a processor's last cache.
 COLD_BYTES = 128 << 20
 
 
@@ -49,9 +49,9 @@ class BenchShape:
         size = torch.empty((), dtype=torch_dtype(self.dtype)).element_size()
         return 2 * self.batch * self.kv_heads * self.tokens * self.head_dim * size
 
-    @property
-    def layers(self) -> int:
-        return max(1, min(32, -(-COLD_BYTES // self.dense_bytes)))
+    def copies(self, size: int) -> int:
+        """How many copies of `size` bytes are walked through."""
+        return max(1, min(256, -(-COLD_BYTES // size)))
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,17 @@ def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: 
     counts = torch.full((shape.tokens // TILE,), TILE, dtype=torch.int32)
     scale = shape.head_dim**-0.5
     calls: list[Callable[[], Any]] = []
-    for _ in range(shape.layers):
+    first: list[list[Tensor]] | None = None
+    for _ in range(shape.copies(size * pages * shape.batch)):
         own = [[aligned_page(size) for _ in range(pages)] for _ in range(shape.batch)]
         table = torch.tensor([[page.data_ptr() for page in row] for row in own], dtype=torch.int64)
-        ops.encode_pages(table, keys, values, 0, layout)
+        if first is None:
+            ops.encode_pages(table, keys, values, 0, layout)
+            first = own
+        else:
+            for row, encoded in zip(own, first, strict=True):
+                for page, source in zip(row, encoded, strict=True):
+                    page.copy_(source)
 
         def call(table: Tensor = table, own: Any = own) -> Tensor:  # `own` keeps the pages alive
             return ops.attend(
@@ -151,22 +158,26 @@ def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: 
     return _Contender(codec, calls, size * pages * shape.batch)
 
 
-def _stock(shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, grouped: bool = False) -> _Contender:
-    """torch's attention: as transformers calls it for one query token without a mask, or `grouped`, the query
-    heads of a KV head as rows of one query, as it does with a mask. They can differ by a factor of 20.
+def _stock(name: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor) -> _Contender:
+    """torch's attention: TORCH, as transformers calls it for one query token without a mask; GROUPED, the query
+    heads of a KV head as rows of one query, as it does with a mask; MATMUL, these with two products and a softmax.
+    They can differ by a factor of 20.
     """
     calls: list[Callable[[], Any]] = []
-    gqa = shape.group > 1 and not grouped
-    if grouped:
-        query = query.view(shape.batch, shape.kv_heads, shape.group, shape.head_dim)
-    for _ in range(shape.layers):
+    rows = query.view(shape.batch, shape.kv_heads, shape.group, shape.head_dim)
+    scale = shape.head_dim**-0.5
+    for _ in range(shape.copies(shape.dense_bytes)):
         k, v = keys.clone(), values.clone()
 
         def call(k: Tensor = k, v: Tensor = v) -> Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=gqa)
+            if name == TORCH:
+                return torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=shape.group > 1)
+            if name == GROUPED:
+                return torch.nn.functional.scaled_dot_product_attention(rows, k, v)
+            return torch.softmax(rows @ k.transpose(-1, -2) * scale, dim=-1) @ v
 
         calls.append(call)
-    return _Contender(GROUPED if grouped else TORCH, calls, shape.dense_bytes)
+    return _Contender(name, calls, shape.dense_bytes)
 
 
 def _rounds(contenders: list[_Contender], rounds: int, tick: Callable[[int], None]) -> list[list[float]]:
@@ -217,14 +228,13 @@ def bench_attend(
     precision: int = 0,
     progress: Progress = no_progress,
 ) -> list[BenchRow]:
-    """One decode step of one layer: torch's attention first, both ways, then `attend` over each codec ("tq4",
-    "tq4/tq3").
+    """One decode step of one layer: torch's attention first, in every way that differs, then `attend` over each codec
+    ("tq4", "tq4/tq3").
     """
     keys, values = _random(shape, 0)
     query = torch.randn(shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim).to(keys.dtype)
-    contenders = [_stock(shape, query, keys, values)]
-    if shape.group > 1:
-        contenders.append(_stock(shape, query, keys, values, grouped=True))
+    stock = (TORCH, GROUPED, MATMUL) if shape.group > 1 else (TORCH, MATMUL)
+    contenders = [_stock(name, shape, query, keys, values) for name in stock]
     for i, codec in enumerate(codecs):
         contenders.append(_packed(codec, shape, query, keys, values, precision))
         progress(f"pack {shape.tokens} tokens", i + 1, len(codecs))
@@ -239,7 +249,7 @@ def bench_encode(
     """Encoding one layer's keys and values into pages, against torch copying them, the least a cache must do."""
     from kvpack import ops
 
-    sources = [_random(shape, seed) for seed in range(min(4, shape.layers))]
+    sources = [_random(shape, seed) for seed in range(min(4, shape.copies(shape.dense_bytes)))]
     sinks = [torch.empty_like(keys) for keys, _ in sources]
 
     def copy_call(i: int) -> Callable[[], Any]:

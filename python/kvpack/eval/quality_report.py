@@ -14,7 +14,7 @@ from .quality_defaults import defaults_table
 from .quality_store import Line, Store, by_position, figures, ratio
 from .sweeps import pareto
 
-BEGIN, END = "<!-- quality table: begin -->", "<!-- quality table: end -->"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 _HEADS = "| windows | PPL | KLD mean | median | p99 | top-1 % |"
 
 
