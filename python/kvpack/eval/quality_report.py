@@ -221,15 +221,15 @@ class Report:
     # The picture.
 
     def points(self) -> list[tuple[str, bool, float, Interval]]:
-        """(label, is a peer, bits held per value, mean KLD) of all caches of the main table and of the peers, over the
-        windows that the peers ran too, if there are any.
+        """(label, is a peer, bits held per value, mean KLD) of the caches of the main table, those with options left
+        out, and of the peers, over the windows that the peers ran too, if there are any.
         """
         held, common = self.bytes(), self._common()
         out = []
         for study in (SHORT, PEER):
             for label, found in self.lines(study, length=self.length).items():
                 lines = [line for line in found if common is None or line["sample"] in common]
-                if lines and label in held and (study == SHORT or lines[0]["peer"]):
+                if lines and label in held and ":" not in label and (study == SHORT or lines[0]["peer"]):
                     bits, mean = float(held[label]["held"]), figures(lines, self.exact)["kld"]
                     out.append((label, bool(lines[0]["peer"]), bits, mean))
         return out
@@ -257,8 +257,6 @@ class Report:
                 at, values = [bits for bits, _ in chosen], [mean.value for _, mean in chosen]
                 reach = [[max(0.0, x) for x in low], [max(0.0, x) for x in high]]
                 axes.errorbar(at, values, yerr=reach, fmt=marker, ms=5, capsize=2, lw=1, label=name)
-        for label, _, bits, mean in points:
-            axes.annotate(label, (bits, mean.value), textcoords="offset points", xytext=(5, 4), fontsize=7)
         front = pareto([(bits, mean.value) for _, _, bits, mean in points])
         ringed = [points[i][2] for i in front], [points[i][3].value for i in front]
         axes.plot(*ringed, "o", ms=11, mfc="none", mec="black", label="Pareto front")
@@ -268,11 +266,24 @@ class Report:
         axes.set_title(f"{self.about['model']}, window {self.window}, {self.sinks} sinks", fontsize=9)
         axes.grid(True, which="both", alpha=0.25)
         axes.legend()
+        picture.tight_layout()  # labels are placed by pixels: nothing may move after it
+        _annotate(axes, [(label, bits, mean.value) for label, _, bits, mean in points])
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.tight_layout()
         picture.savefig(path)
         plt.close(picture)
         return True
+
+
+def _annotate(axes: Any, points: list[tuple[str, float, float]]) -> None:
+    """Labels to the right of their points, from the top, each below those that it would cover."""
+    placed: list[tuple[float, float, float]] = []  # left, right, middle
+    for label, x, y in sorted(points, key=lambda point: -point[2]):
+        at, up = axes.transData.transform((x, y))
+        left, right, middle = at + 8, at + 8 + 6 * len(label), up + 2
+        while any(left < r and lo < right and abs(middle - m) < 11 for lo, r, m in placed):
+            middle -= 1
+        placed.append((left, right, middle))
+        axes.annotate(label, (left, middle), xycoords="figure pixels", fontsize=7, va="center")
 
 
 def _held(held: Mapping[str, Line], label: str) -> str:
