@@ -42,22 +42,28 @@ int32_t encode_asymmetric_values(const kvpack::EncodeArgs& a) {
   constexpr int kBlock = Codec::kScaleBlock;
   const int d = a.head_dim, blocks = scale_blocks(kBlock, Codec::kBits, d);
   int32_t status = 0;
-  for (int t = 0; t < kTile; ++t)
-    if (!is_finite(max_abs<S>(a.from + t * a.stride, d))) report(status, kNonFinite, t);
-  if (status != 0) return status;
+  F zeros = S::zero();  // NaN once there is an infinity or a NaN
   for (int b = 0; b < blocks; ++b) {
     const int dims = d - b * kBlock < kBlock ? d - b * kBlock : kBlock;
     const auto row = [&](int t) { return a.from + t * a.stride + b * kBlock; };
     float top[kTile], bottom[kTile], inv[kTile];
     for (int t = 0; t < kTile; ++t) {
       F high = S::load(row(t)), low = S::sub(S::zero(), high);
+      zeros = S::fma(high, S::zero(), zeros);
       for (int i = S::kLanes; i < dims; i += S::kLanes) {
         const F v = S::load(row(t) + i);
+        zeros = S::fma(v, S::zero(), zeros);
         high = S::max(high, v);
         low = S::max(low, S::sub(S::zero(), v));
       }
       top[t] = S::reduce_max(high);
       bottom[t] = 0.0F - S::reduce_max(low);
+    }
+    if (!is_finite(S::reduce_max_bits(S::abs(zeros)))) {
+      status = 0;
+      for (int t = 0; t < kTile; ++t)
+        if (!is_finite(max_abs<S>(a.from + t * a.stride, d))) report(status, kNonFinite, t);
+      return status;
     }
     int32_t own = 0;
     PowerOfTwo powers[kTile];

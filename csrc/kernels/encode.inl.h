@@ -346,7 +346,8 @@ int32_t encode(const kvpack::EncodeArgs& a) {
     status = encode_asymmetric<S, Codec>(a);
   } else if constexpr (Codec::kRotated) {
     Rotated vectors[kTile];
-    status = for_head_dim(a.head_dim, [&]<int D>() { return to_rotated<S, D>(a, vectors); });
+    constexpr bool kNorm = Codec::kScaleRules;  // blocks have scales of their own
+    status = for_head_dim(a.head_dim, [&]<int D>() { return to_rotated<S, D, kNorm>(a, vectors); });
     if (status != 0) return status;
     if constexpr (Codec::kTrellis)
       status = encode_trellis<S, Codec>(a, vectors);

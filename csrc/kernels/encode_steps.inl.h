@@ -60,8 +60,8 @@ template <class S, int D>
   hadamard<S, D>(v);
 }
 
-// The rows of the input as their y, in a.x.
-template <class S, int D>
+// The rows of the input as their y, in a.x. Without Norm, all of their n2 and r are 1.
+template <class S, int D, bool Norm>
 int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
   using kvpack::kTile;
   constexpr int kVectors = D / S::kLanes;
@@ -82,9 +82,10 @@ int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
         continue;
       }
       const PowerOfTwo power(each[t]);
-      rotate_scaled<S, D>(a.from + t * a.stride, power, a.signs, v, &out[t].n2);
+      float n2 = 1.0F;
+      rotate_scaled<S, D>(a.from + t * a.stride, power, a.signs, v, Norm ? &n2 : nullptr);
       for (int i = 0; i < kVectors; ++i) S::store(a.x + t * D + i * S::kLanes, v[i]);
-      out[t] = {out[t].n2, __builtin_sqrtf(out[t].n2), power.e, true};
+      out[t] = {n2, __builtin_sqrtf(n2), power.e, true};
     }
     return 0;
   }
@@ -99,8 +100,10 @@ int32_t to_rotated(const kvpack::EncodeArgs& a, Rotated* out) {
       v[i] = S::sub(v[i], S::load(mean + i * S::kLanes));
       S::store(a.x + t * D + i * S::kLanes, v[i]);
     }
-    const float n2 =
-        lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); }) * static_cast<float>(1.0 / D);
+    float n2 = 1.0F;
+    if constexpr (Norm)
+      n2 = lane_sum<S>(D, [&](int i) { return S::mul(v[i / S::kLanes], v[i / S::kLanes]); }) *
+           static_cast<float>(1.0 / D);
     out[t] = n2 > 0.0F ? Rotated{n2, __builtin_sqrtf(n2), power.e, true} : Rotated{1.0F, 1.0F, 0, false};
   }
   return 0;

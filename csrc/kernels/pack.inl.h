@@ -24,6 +24,24 @@ inline void transpose_4x4(const uint8_t* from, ptrdiff_t stride, uint32_t* to, p
   for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * to_stride, &r[i], sizeof r[i]);
 }
 
+// Four rows of 16 bytes as 16 dwords, a byte of each row in every one.
+inline void interleave_4(const uint8_t* from, ptrdiff_t stride, uint32_t* to) {
+  using V = uint8_t __attribute__((vector_size(16), aligned(1)));
+  V r[4], s[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], from + i * stride, sizeof r[i]);
+  for (int i = 0; i < 2; ++i) {  // rows 0 and 2, rows 1 and 3
+    s[2 * i] = __builtin_shufflevector(r[i], r[i + 2], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    s[2 * i + 1] =
+        __builtin_shufflevector(r[i], r[i + 2], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+  for (int i = 0; i < 2; ++i) {
+    r[2 * i] = __builtin_shufflevector(s[i], s[i + 2], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    r[2 * i + 1] =
+        __builtin_shufflevector(s[i], s[i + 2], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + 4 * i, &r[i], sizeof r[i]);
+}
+
 using DwordMatrix = uint32_t[kvpack::kTile * kvpack::kMaxHeadDim / 4];
 
 inline void codes_to_dwords(const uint8_t* codes, int head_dim, kvpack::Side side, DwordMatrix& m) {
@@ -35,10 +53,7 @@ inline void codes_to_dwords(const uint8_t* codes, int head_dim, kvpack::Side sid
   } else {
     for (int z = 0; z < kTile / 4; ++z) {
       const uint8_t* c = codes + 4 * z * head_dim;
-      for (int i = 0; i < head_dim; ++i)
-        m[z * head_dim + i] = static_cast<uint32_t>(c[i]) | static_cast<uint32_t>(c[head_dim + i]) << 8 |
-                              static_cast<uint32_t>(c[2 * head_dim + i]) << 16 |
-                              static_cast<uint32_t>(c[3 * head_dim + i]) << 24;
+      for (int i = 0; i < head_dim; i += 16) interleave_4(c + i, head_dim, m + z * head_dim + i);
     }
   }
 }
