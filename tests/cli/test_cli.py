@@ -102,7 +102,7 @@ def test_bench() -> None:
     ]
     found = run_json(*arguments, "--threads", "1")
     assert [(row["what"], row["codec"]) for row in found["rows"]] == [
-        *(("attend", codec) for codec in ("torch", "torch, grouped", "exact", "tq4")),
+        *(("attend", codec) for codec in ("torch", "torch, grouped", "torch, matmul", "exact", "tq4")),
         *(("encode", codec) for codec in ("torch", "exact", "tq4")),
     ]
     assert "against torch" in run(*arguments, "--what", "attend").stdout

@@ -21,6 +21,7 @@ from torch import Tensor
 from .cachespec import CacheSpec, dense_bytes, dense_cache, fill
 from .metrics import jsonable
 from .modes import BLOCK, Progress, forward, no_progress
+from .peers import Peer, fill_peer, held_bytes
 
 STOCK = "DynamicCache"
 
@@ -86,17 +87,23 @@ def decode_speed(
     tokens_per_round: int = 4,
     progress: Progress = no_progress,
 ) -> list[DecodeSpeed]:
-    """The stock cache first, then `caches` (see CacheSpec.of), decoding from the tokens in `context`.
+    """The stock cache first, then `caches` (see CacheSpec.of; or a Peer), decoding from the tokens in `context`.
 
     context: a stock cache as `prefill` makes it; it is not changed. token: the id that is fed first; after it
     every cache is fed the token it finds most likely. One more round, unmeasured, warms up.
     """
-    specs = [CacheSpec.of(cache) for cache in caches]
-    held = [copy.deepcopy(context), *(fill(spec, context, model.config) for spec in specs)]
-    labels = [STOCK, *(spec.label for spec in specs)]
-    stock_bytes = dense_bytes(context)
-    sizes = [stock_bytes, *(int(cache.nbytes) for cache in held[1:])]
-    start = int(context.get_seq_length())
+    start, stock_bytes = int(context.get_seq_length()), dense_bytes(context)
+    held, labels, sizes = [copy.deepcopy(context)], [STOCK], [stock_bytes]
+    for cache in caches:
+        if isinstance(cache, Peer):
+            held.append(fill_peer(cache, context, model.config, start, 1))
+            labels.append(cache.name)
+            sizes.append(held_bytes(held[-1]))
+        else:
+            spec = CacheSpec.of(cache)
+            held.append(fill(spec, context, model.config))
+            labels.append(spec.label)
+            sizes.append(int(held[-1].nbytes))
     feeds = [torch.tensor([token]) for _ in held]
     times: list[list[float]] = [[] for _ in held]
     for number in range(rounds + 1):

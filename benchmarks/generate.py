@@ -1,0 +1,98 @@
+"""Tokens per second of a whole model, by cache and context: DynamicCache, transformers' quantized caches, our codecs.
+
+    python benchmarks/generate.py                                  the default model at 512, 2048 and 8128 tokens
+    python benchmarks/generate.py --dtype bfloat16 --threads 1 --codecs tq4,tcq3 --peers none
+
+Every cache decodes from the same context, round by round, in rotating order; ratios to DynamicCache are formed within
+a round, and printed with their 10th and 90th percentile. A further run of each cache under torch's profiler says where
+its time goes: in attention (for peers, taking tokens out of their cache is not in it), and in aten::cat, which is how
+dense caches grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from typing import Any
+
+import torch
+
+from kvpack import isa
+from kvpack.eval import load_model, load_text
+from kvpack.eval.cachespec import CacheSpec, fill
+from kvpack.eval.modes import forward
+from kvpack.eval.peers import Peer, fill_peer, peer
+from kvpack.eval.quality import available
+from kvpack.eval.speed import DecodeSpeed, decode_speed, prefill
+from kvpack.eval.texts import DEFAULT_TEXT, cut_windows
+
+ATTENTION = ("kvpack::attend", "aten::scaled_dot_product_attention")
+
+
+@torch.no_grad()
+def shares(model: Any, context: Any, cache: CacheSpec | Peer | None, token: int, tokens: int) -> tuple[float, float]:
+    """Parts of the time of a decode step that attention and aten::cat take."""
+    config = model.config
+    if cache is None:
+        held = copy.deepcopy(context)
+    elif isinstance(cache, Peer):
+        held = fill_peer(cache, context, config, int(context.get_seq_length()), 1)
+    else:
+        held = fill(cache, context, config)
+    feed = forward(model, torch.tensor([token]), held, keep=1)[-1].argmax(-1, keepdim=True)
+    began = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(tokens):
+            feed = forward(model, feed, held, keep=1)[-1].argmax(-1, keepdim=True)
+        took = time.perf_counter() - began
+    found = profile.key_averages()
+    attention = sum(one.cpu_time_total for one in found if one.key in ATTENTION)
+    cat = sum(one.cpu_time_total for one in found if one.key == "aten::cat")
+    return attention * 1e-6 / took, cat * 1e-6 / took
+
+
+def line(row: DecodeSpeed, attention: float, cat: float) -> str:
+    """One row of the table."""
+    rate, ratio = row.tokens_per_second, row.ratio
+    return (
+        f"| {row.label} | {row.cache_bytes / 1e6:.1f} | {row.compression:.2f}x | {rate.median:.1f} "
+        f"| {ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] | {attention:.0%} | {cat:.0%} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="default")
+    add("--text", default=DEFAULT_TEXT)
+    add("--contexts", default="512,2048,8128")
+    add("--codecs", default="exact,q8_0,q4_0,tq4,tq4/tq3,tq3,tq2,tcq4,tcq3,tcq2")
+    add("--peers", default="quanto int4,hqq int4,transformers fp8", help="peers, or none")
+    add("--dtype", default="float32")
+    add("--threads", type=int, default=1)
+    add("--rounds", type=int, default=8)
+    add("--tokens", type=int, default=4, help="tokens of a round")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    loaded = load_model(options.model, dtype=options.dtype)
+    names = [] if options.peers == "none" else options.peers.split(",")
+    peers = available([peer(name) for name in names], print)
+    caches: list[CacheSpec | Peer] = [*(CacheSpec.of(name) for name in options.codecs.split(",")), *peers]
+    how = f"threads: {options.threads}, ISA {isa.active()}, {options.rounds} rounds of {options.tokens} tokens"
+    print(f"{loaded.label}, {how}\n")
+    for length in (int(x) for x in options.contexts.split(",")):
+        ids = cut_windows(load_text(options.text), loaded.tokenizer, length + 1, 1).ids[0]
+        context, token = prefill(loaded.model, ids), int(ids[-1])
+        rows = decode_speed(
+            loaded.model, context, caches, token, rounds=options.rounds, tokens_per_round=options.tokens
+        )
+        print(f"**{length} tokens**\n")
+        print("| cache | MB | smaller | tokens/s | x DynamicCache | attention | cat |\n|---|---|---|---|---|---|---|")
+        for row, cache in zip(rows, [None, *caches], strict=True):
+            print(line(row, *shares(loaded.model, context, cache, token, options.tokens)), flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()
