@@ -240,12 +240,15 @@ struct Exact {
   }
 };
 
-Tensor attend_op(const Tensor& query_in, const Tensor& table, const Tensor& counts,
-                 const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
-                 const std::optional<Tensor>& keys, const std::optional<Tensor>& values,
-                 const std::optional<Tensor>& rows, const std::optional<Tensor>& mask,
-                 const std::optional<Tensor>& sink_logits, std::vector<int64_t> layout_list, double scale,
-                 double softcap, bool causal, int64_t precision) {
+// The arguments that attend and attend_counting share, in the order of their schemas.
+#define KVPACK_ATTEND_ARGUMENTS                                                                                      \
+  const Tensor &query_in, const Tensor &table, const Tensor &counts, const std::optional<Tensor>&sink_keys,          \
+      const std::optional<Tensor>&sink_values, const std::optional<Tensor>&keys, const std::optional<Tensor>&values, \
+      const std::optional<Tensor>&rows, const std::optional<Tensor>&mask, const std::optional<Tensor>&sink_logits,   \
+      std::vector<int64_t> layout_list, double scale, double softcap, bool causal, int64_t precision,                \
+      double sparse_values
+
+Tensor attend_into(KVPACK_ATTEND_ARGUMENTS, std::optional<Tensor> out_in, std::atomic<int64_t>* unread) {
   const PageLayout layout = layout_from(layout_list);
   const PageTable pages = table_of(table);
   const ScalarType type = query_in.scalar_type();
@@ -255,6 +258,8 @@ Tensor attend_op(const Tensor& query_in, const Tensor& table, const Tensor& coun
   if (precision != 0 && precision != 1)
     fail("attend: precision is " + std::to_string(precision) + "; allowed: 0 (default), 1 (high)");
   if (softcap < 0) fail("attend: softcap is negative; allowed: 0 (off) or positive");
+  if (!(sparse_values >= 0 && sparse_values < 1))
+    fail("attend: sparse_values is " + std::to_string(sparse_values) + "; allowed: 0 to below 1");
   const Tensor query = rows_tensor(query_in);
   AttendParams p{};
   p.dtype = dtype_of(type, "attend: query");
@@ -299,12 +304,32 @@ Tensor attend_op(const Tensor& query_in, const Tensor& table, const Tensor& coun
   p.softcap = static_cast<float>(softcap);
   p.causal = causal;
   p.precision = static_cast<Precision>(precision);
-  Tensor out = torch::stable::new_empty(query, {p.batch, p.query_heads, p.query_tokens, p.value_dim}, type);
+  p.sparse_values = static_cast<float>(sparse_values);
+  p.unread = unread;
+  const std::vector<int64_t> shape{p.batch, p.query_heads, p.query_tokens, p.value_dim};
+  if (out_in.has_value()) {
+    expect(*out_in, shape, type, "attend: out");
+    if (!out_in->is_contiguous()) fail("attend: out must be contiguous");
+  }
+  Tensor out = out_in.has_value() ? *out_in : torch::stable::new_empty(query, shape, type);
   p.out = static_cast<uint8_t*>(out.mutable_data_ptr());
   if (out.numel() == 0) return out;
   Tensor workspace = torch::stable::new_empty(query, {static_cast<int64_t>(attend_workspace(p))}, ScalarType::Byte);
   attend(p, static_cast<uint8_t*>(workspace.mutable_data_ptr()), torch_for);
   return out;
+}
+
+Tensor attend_op(KVPACK_ATTEND_ARGUMENTS) {
+  return attend_into(query_in, table, counts, sink_keys, sink_values, keys, values, rows, mask, sink_logits,
+                     std::move(layout_list), scale, softcap, causal, precision, sparse_values, {}, nullptr);
+}
+
+void attend_counting(KVPACK_ATTEND_ARGUMENTS, Tensor out, Tensor unread) {
+  expect(unread, {2}, ScalarType::Long, "attend_counting: unread");
+  static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t) && std::atomic<int64_t>::is_always_lock_free);
+  attend_into(query_in, table, counts, sink_keys, sink_values, keys, values, rows, mask, sink_logits,
+              std::move(layout_list), scale, softcap, causal, precision, sparse_values, out,
+              static_cast<std::atomic<int64_t>*>(unread.mutable_data_ptr()));
 }
 
 }  // namespace
@@ -326,4 +351,5 @@ STABLE_TORCH_LIBRARY_IMPL(kvpack, CPU, m) {
   m.impl("encode_pages", TORCH_BOX(&encode_pages_op));
   m.impl("decode_pages", TORCH_BOX(&decode_pages_op));
   m.impl("attend", TORCH_BOX(&attend_op));
+  m.impl("attend_counting", TORCH_BOX(&attend_counting));
 }

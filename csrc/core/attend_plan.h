@@ -17,6 +17,7 @@ struct Plan {
   CodecInfo key, value;
   int64_t group, rows, block_rows, row_blocks, chunks, chunk_tiles;
   int64_t packed = 0;  // tokens in tiles
+  int32_t levels;      // of the query
   int32_t out_width;   // floats per row of output: coded values, then plain ones where the value codec is rotated
   bool key_mean, value_mean;
   size_t query_bytes, rotated_bytes, level_bytes, state_bytes, out_bytes;
@@ -30,6 +31,7 @@ struct Plan {
       throw std::invalid_argument("attend: " + std::to_string(p.query_heads) + " query heads are not a multiple of " +
                                   std::to_string(p.kv_heads) + " KV heads");
     group = p.query_heads / p.kv_heads;
+    levels = p.precision == Precision::high ? 2 : 1;
     for (int64_t t = 0; t < p.tiles; ++t) packed += p.counts[t];
     rows = group * p.query_tokens;
     block_rows = rows < kRowBlock ? rows : kRowBlock;
@@ -49,10 +51,13 @@ struct Plan {
   }
   int64_t blocks() const { return p.batch * p.kv_heads * row_blocks; }
   int64_t items() const { return blocks() * chunks; }
+  // What is left behind per block: one of every range of tiles, and where there are several, one of sinks and exact
+  // tokens before them.
+  int64_t partials() const { return chunks == 1 ? 1 : chunks + 1; }
   size_t block_bytes() const { return query_bytes + rotated_bytes + level_bytes; }
   size_t item_bytes() const { return state_bytes + out_bytes; }
   size_t bytes() const {
-    return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(items()) * item_bytes();
+    return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(blocks() * partials()) * item_bytes();
   }
 };
 
@@ -72,13 +77,13 @@ struct Queries {
   QueryRow* levels_of(int32_t part) const { return levels + part * rows; }
 };
 
-// What one item leaves behind.
+// What a range of tiles, or the sinks and exact tokens, leave behind. The latter come last where they are apart.
 struct Partial {
   SoftmaxRow* state;
   float* out;
-  Partial(const Plan& plan, uint8_t* workspace, int64_t item) {
+  Partial(const Plan& plan, uint8_t* workspace, int64_t block, int64_t n) {
     uint8_t* at = workspace + static_cast<size_t>(plan.blocks()) * plan.block_bytes() +
-                  static_cast<size_t>(item) * plan.item_bytes();
+                  static_cast<size_t>(block * plan.partials() + n) * plan.item_bytes();
     state = reinterpret_cast<SoftmaxRow*>(at);
     out = reinterpret_cast<float*>(at + plan.state_bytes);
   }

@@ -31,38 +31,43 @@ constexpr Dither kDither{};
   __builtin_memcpy(out, byte, sizeof byte);
 }
 
-// Quantizes probs[64] * |scales[64]| into 16 operands per plane; returns what a unit of the integer sum is worth.
-template <class S, bool High>
-float quantize_probs(const float* probs, const uint16_t* scales, int dither, int32_t* first, int32_t* second) {
+// Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane. `worth`: of a unit of the
+// integer sums. Rows side by side, so that reductions and divisions overlap.
+template <class S, int G, bool High, int Operands>
+[[gnu::always_inline]] inline void quantize_probs(const float* probs, const uint16_t* scales, int dither,
+                                                  int32_t (&operand)[High ? 2 : 1][G][Operands], float* worth) {
   using namespace kvpack;
   using F = typename S::F;
-  constexpr int kVectors = kTile / S::kLanes, kBase = S::kProbMax + 1;
-  F x[kVectors];
-  F top = S::set1(1e-30F);
-  for (int v = 0; v < kVectors; ++v) {
-    x[v] = S::mul(S::load(probs + v * S::kLanes), S::abs(load_scales<S>(scales + v * S::kLanes)));
-    top = S::max(top, x[v]);
-  }
-  const float max = S::reduce_max(top);
+  constexpr int kBase = S::kProbMax + 1;
   constexpr float kSteps = High ? static_cast<float>(kBase * kBase - 1) : static_cast<float>(S::kProbMax - 1);
-  const F to_steps = S::set1(kSteps / max);
-  alignas(64) uint8_t byte[2][kTile];
-  for (int v = 0; v < kVectors; ++v) {
-    const F steps = S::mul(x[v], to_steps);
-    if constexpr (High) {
-      const F whole = S::min(S::round_even(steps), S::set1(kSteps));
-      const F upper = S::truncate(S::mul(whole, S::set1(1.0F / kBase)));
-      S::store_low_bytes(byte[0] + v * S::kLanes, upper);
-      S::store_low_bytes(byte[1] + v * S::kLanes, S::fma(upper, S::set1(-static_cast<float>(kBase)), whole));
-    } else {
-      S::store_low_bytes(byte[0] + v * S::kLanes, S::add(steps, S::load(kDither.u + dither + v * S::kLanes)));
-    }
+  alignas(64) float size[kTile];
+  F top[4];
+  for (int g = 0; g < 4; ++g) top[g] = S::set1(1e-30F);
+  for (int t = 0; t < kTile; t += S::kLanes) {
+    const F scale = S::abs(load_scales<S>(scales + t));
+    S::store(size + t, scale);
+    unrolled<G>([&](int g) __attribute__((always_inline)) {
+      top[g] = S::max(top[g], S::mul(S::load(probs + g * kTile + t), scale));
+    });
   }
-  for (int i = 0; i < kTile / 4; ++i) {
-    S::template pack_operand<Side::value>(byte[0] + 4 * i, first + i * S::kOperandDwords);
-    if constexpr (High) S::template pack_operand<Side::value>(byte[1] + 4 * i, second + i * S::kOperandDwords);
+  float max[4], to_steps[4];
+  S::reduce_max_4(top[0], top[1], top[2], top[3], max);
+  for (int g = 0; g < 4; ++g) to_steps[g] = kSteps / max[g];
+  for (int g = 0; g < G; ++g) worth[g] = max[g] / kSteps;
+  for (int t = 0; t < kTile; t += S::kLanes) {
+    const F scale = S::load(size + t);
+    unrolled<G>([&](int g) __attribute__((always_inline)) {
+      const F unit = S::mul(scale, S::set1(to_steps[g])), prob = S::load(probs + g * kTile + t);
+      if constexpr (High) {
+        const F whole = S::min(S::round_even(S::mul(prob, unit)), S::set1(kSteps));
+        const F upper = S::truncate(S::mul(whole, S::set1(1.0F / kBase)));
+        S::store_operand(operand[0][g], t, upper);
+        S::store_operand(operand[1][g], t, S::fma(upper, S::set1(-static_cast<float>(kBase)), whole));
+      } else {
+        S::store_operand(operand[0][g], t, S::fma(prob, unit, S::load(kDither.u + dither + t)));
+      }
+    });
   }
-  return max / kSteps;
 }
 
 // Probabilities times the middles, zero + step * kMiddle, of 64 tokens.
@@ -99,9 +104,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     const int lane_blocks = grid.lane_blocks(sb), block = blocks == 1 ? 0 : (sb * 64 + v0 * S::kLanes) / 32;
     if (block != ready) {
       if constexpr (Codec::kSignedScales) sign_bytes(a.tile.scales + block * kTile, negative);
-      for (int g = 0; g < G; ++g)
-        worth[g] = quantize_probs<S, High>(a.probs + g * kTile, a.tile.scales + block * kTile, a.dither, operand[0][g],
-                                           operand[kPlanes - 1][g]);
+      quantize_probs<S, G, High>(a.probs, a.tile.scales + block * kTile, a.dither, operand, worth);
       if constexpr (Codec::kAsymmetric)
         for (int g = 0; g < G; ++g) {
           bias[g] = middle_of<S, Codec>(a.probs + g * kTile, a.tile.scales + block * kTile,

@@ -12,62 +12,100 @@
 
 namespace {
 
-// Scale block `sb` of a query row, from dim `at` on -> levels of int8: q ~ scale0 * level0 + scale1 * level1, scale1 =
-// scale0 / 254.
+// Dims at.. of a query row, times `inv`, -> levels of int8, and per level the sum of their vectors.
 template <class S>
-void quantize_query_block(const float* q, int dims, int levels, int sb, int at, kvpack::QueryRow& row) {
-  using namespace kvpack;
+[[gnu::always_inline]] inline void quantize_dims(const float* q, int dims, float inv, int levels, int at,
+                                                 kvpack::QueryRow& row, typename S::F* sum) {
   using F = typename S::F;
-  alignas(64) uint8_t level[2][kMaxHeadDim];
-  F top = S::zero();
-  for (int i = 0; i < dims; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
-  const float max = S::reduce_max(top), step = max / 127.0F;
-  const F inv = S::set1(max > 0.0F ? 127.0F / max : 0.0F);
-  F sum[2] = {S::zero(), S::zero()};
+  for (int n = 0; n < levels; ++n) sum[n] = S::zero();
   for (int i = 0; i < dims; i += S::kLanes) {
-    const F v = S::mul(S::load(q + i), inv), first = S::round_even(v);
-    S::store_low_bytes(level[0] + i, first);
-    sum[0] = S::add(sum[0], first);
-    if (levels == 1) continue;
-    const F second = S::round_even(S::mul(S::sub(v, first), S::set1(254.0F)));
-    S::store_low_bytes(level[1] + i, second);
-    sum[1] = S::add(sum[1], second);
-  }
-  for (int n = 0; n < levels; ++n) {
-    for (int i = 0; i < dims; i += 4)
-      S::template pack_operand<Side::key>(level[n] + i, row.operand[n] + (at + i) / 4 * S::kOperandDwords);
-    row.scale[n][sb] = n == 0 ? step : step / 254.0F;
-    row.offset[n][sb] = -S::kKeyOffset * static_cast<int>(S::reduce_add(sum[n]));
+    F v = S::mul(S::load(q + i), S::set1(inv));
+    for (int n = 0; n < levels; ++n) {
+      const F level = S::round_even(v);
+      S::store_operand(row.operand[n] + at / 4 * S::kOperandDwords, i, level);
+      sum[n] = S::add(sum[n], level);
+      v = S::mul(S::sub(v, level), S::set1(254.0F));
+    }
   }
 }
+
+// The scale of the first level, and what values are multiplied with, from the largest size of a value.
+inline float query_step(float max) { return max / 127.0F; }
+inline float query_inverse(float max) { return max > 0.0F ? 127.0F / max : 0.0F; }
 
 template <class S>
 void quantize_query(const kvpack::QuantizeQueryArgs& a) {
+  using namespace kvpack;
   const int block = a.scale_block == 0 ? a.head_dim : a.scale_block;
   for (int sb = 0; sb * block < a.head_dim; ++sb) {
-    const int left = a.head_dim - sb * block;
-    quantize_query_block<S>(a.query + sb * block, left < block ? left : block, 2, sb, sb * block, *a.row);
+    const int left = a.head_dim - sb * block, dims = left < block ? left : block;
+    const float* q = a.query + sb * block;
+    typename S::F top = S::zero(), sum[kQueryLevels];
+    for (int i = 0; i < dims; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
+    const float max = S::reduce_max(top);
+    quantize_dims<S>(q, dims, query_inverse(max), a.levels, sb * block, *a.row, sum);
+    float step = query_step(max);
+    for (int n = 0; n < a.levels; ++n, step /= 254.0F) {
+      a.row->scale[n][sb] = step;
+      a.row->offset[n][sb] = S::kKeyOffset == 0 ? 0 : -S::kKeyOffset * static_cast<int>(S::reduce_add(sum[n]));
+    }
   }
 }
 
-// The query row of each group of 32 asymmetric keys: q times half the steps of the channels. Returns in `bias` what the
-// middles of the channels add to every score of the group.
-template <class S, class Codec>
-void quantize_asymmetric_query(const kvpack::ScoreArgs& a, const float* query, kvpack::QueryRow* rows, float* bias) {
+// The query rows of each group of 32 asymmetric keys: q times half the steps of the channels, with a scale per 32 of
+// them, as their sizes differ. Leaves in `bias` what the middles of the channels add to every score of the group. Rows
+// side by side, so that reductions overlap.
+template <class S, class Codec, int G>
+[[gnu::always_inline]] inline void quantize_asymmetric_queries(const kvpack::ScoreArgs& a,
+                                                               kvpack::QueryRow (&rows)[G][kvpack::kKeyGroups],
+                                                               float (&bias)[kvpack::kKeyGroups][4]) {
   using namespace kvpack;
   using F = typename S::F;
-  alignas(64) float scaled[kMaxHeadDim];
-  for (int n = 0; n < kKeyGroups; ++n) {
-    const uint16_t* steps = a.tile.scales + n * a.head_dim;
+  constexpr int kBlock = Codec::kScaleBlock;
+  alignas(64) float scaled[G][kBlock];
+  F middles[4];
+  const auto block = [&](int n, int sb, int dims, int levels) __attribute__((always_inline)) {
+    const uint16_t* steps = a.tile.scales + n * a.head_dim + sb * kBlock;
     const uint16_t* zeros = steps + kKeyGroups * a.head_dim;
-    F sum = S::zero();
-    for (int i = 0; i < a.head_dim; i += S::kLanes) {
-      const F q = S::load(query + i), step = load_scales<S>(steps + i);
-      S::store(scaled + i, S::mul(S::mul(q, step), S::set1(0.5F)));
-      sum = S::fma(q, S::fma(step, S::set1(Codec::kMiddle), load_scales<S>(zeros + i)), sum);
+    F top[4];
+    for (int g = 0; g < 4; ++g) top[g] = S::zero();
+    for (int i = 0; i < dims; i += S::kLanes) {
+      const F step = load_scales<S>(steps + i), half = S::mul(step, S::set1(0.5F));
+      const F middle = S::fma(step, S::set1(Codec::kMiddle), load_scales<S>(zeros + i));
+      unrolled<G>([&](int g) __attribute__((always_inline)) {
+        const F q = S::load(a.query + g * a.head_dim + sb * kBlock + i), v = S::mul(q, half);
+        S::store(scaled[g] + i, v);
+        top[g] = S::max(top[g], S::abs(v));
+        middles[g] = S::fma(q, middle, middles[g]);
+      });
     }
-    bias[n] = S::reduce_add(sum);
-    quantize_query_block<S>(scaled, a.head_dim, a.levels, 0, 0, rows[n]);
+    float max[4], step[4], total[4];
+    S::reduce_max_4(top[0], top[1], top[2], top[3], max);
+    F sum[4][kQueryLevels];
+    for (int l = 0; l < levels; ++l)
+      for (int g = 0; g < 4; ++g) sum[g][l] = S::zero();
+    for (int g = 0; g < 4; ++g) step[g] = query_step(max[g]);
+    for (int g = 0; g < G; ++g)
+      quantize_dims<S>(scaled[g], dims, query_inverse(max[g]), levels, sb * kBlock, rows[g][n], sum[g]);
+    for (int l = 0; l < levels; ++l) {
+      if constexpr (S::kKeyOffset != 0) S::reduce_add_4(sum[0][l], sum[1][l], sum[2][l], sum[3][l], total);
+      for (int g = 0; g < G; ++g) {
+        rows[g][n].scale[l][sb] = step[g];
+        rows[g][n].offset[l][sb] = S::kKeyOffset == 0 ? 0 : -S::kKeyOffset * static_cast<int>(total[g]);
+        step[g] /= 254.0F;
+      }
+    }
+  };
+  for (int n = 0; n < kKeyGroups; ++n) {
+    for (int g = 0; g < 4; ++g) middles[g] = S::zero();
+    for (int sb = 0; sb * kBlock < a.head_dim; ++sb) {
+      const int left = a.head_dim - sb * kBlock;
+      if (left >= kBlock && a.levels == 1)  // numbers that the compiler knows
+        block(n, sb, kBlock, 1);
+      else
+        block(n, sb, left < kBlock ? left : kBlock, a.levels);
+    }
+    S::reduce_add_4(middles[0], middles[1], middles[2], middles[3], bias[n]);
   }
 }
 
@@ -83,26 +121,27 @@ void score(const kvpack::ScoreArgs& a) {
   const U unpack;
   constexpr int kDwords = U::kDwords, kLines = U::kLines;
   constexpr int kSharers = unit_sharers(Codec::kBits);
-  const int blocks = Codec::kAsymmetric ? 1 : scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
+  constexpr int kRowDwords = static_cast<int>(sizeof(QueryRow) / 4) * (Codec::kAsymmetric ? kKeyGroups : 1);
+  const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   [[maybe_unused]] QueryRow own[Codec::kAsymmetric ? G : 1][kKeyGroups];
-  [[maybe_unused]] float bias[G][kKeyGroups];
-  if constexpr (Codec::kAsymmetric)
-    for (int g = 0; g < G; ++g) quantize_asymmetric_query<S, Codec>(a, a.query + g * a.head_dim, own[g], bias[g]);
+  [[maybe_unused]] float bias[kKeyGroups][4];
+  if constexpr (Codec::kAsymmetric) quantize_asymmetric_queries<S, Codec, G>(a, own, bias);
   const CodeGrid grid{Codec::kBits, kTile, a.head_dim};
   const int parts = grid.parts();
   const int units = blocks == 1 ? grid.units() : Codec::kScaleBlock / (4 * kDwords);  // of a scale block
   const uint8_t* ahead = a.ahead;
-  for (int level = 0; level < a.levels; ++level) {
+  for (int level = a.first; level < a.levels; ++level) {
     for (int v0 = 0; v0 < kVectors; v0 += kInFlight) {
       [[maybe_unused]] const int key_group = v0 / kPerRow;
-      const auto row = [&](int g) __attribute__((always_inline))->const QueryRow& {
-        if constexpr (Codec::kAsymmetric) return own[g][key_group];
-        return a.rows[g];
-      };
+      // Those of the first row of the group; the others' are kRowDwords apart.
+      const QueryRow* rows = a.rows;
+      if constexpr (Codec::kAsymmetric) rows = &own[0][key_group];
+      const int32_t *operands = rows->operand[level], *offsets = rows->offset[level];
+      const float* units_of = rows->scale[level];
       for (int sb = 0; sb < blocks; ++sb) {
         I acc[G][kInFlight];
         for (int g = 0; g < G; ++g)
-          for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(row(g).offset[level][sb]);
+          for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(offsets[g * kRowDwords + sb]);
         const auto lane = [&](int u, int v) {
           const int at = v0 + v;
           return a.tile.codes + (static_cast<size_t>(u) * 4 + static_cast<size_t>(at / kPerBlock)) * kLines * kLine +
@@ -120,7 +159,7 @@ void score(const kvpack::ScoreArgs& a) {
           const typename S::Code code = S::expand(levels);
           const int operand = dword * S::kOperandDwords;
           unrolled<G>([&](int g) __attribute__((always_inline)) {
-            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, row(g).operand[level] + operand);
+            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, operands + g * kRowDwords + operand);
           });
         };
         const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();
@@ -157,12 +196,12 @@ void score(const kvpack::ScoreArgs& a) {
           if constexpr (!Codec::kAsymmetric) scale = load_scales<S>(a.tile.scales + sb * kTile + token);
           for (int g = 0; g < G; ++g) {
             float* out = a.scores + g * kTile + token;
-            const auto sum = S::to_float(acc[g][v]), unit = S::set1(row(g).scale[level][sb]);
+            const auto sum = S::to_float(acc[g][v]), unit = S::set1(units_of[g * kRowDwords + sb]);
             if constexpr (Codec::kAsymmetric) {
-              S::store(out, S::fma(sum, unit, level == 0 ? S::set1(bias[g][key_group]) : S::load(out)));
+              S::store(out, S::fma(sum, unit, level == 0 && sb == 0 ? S::set1(bias[key_group][g]) : S::load(out)));
             } else {
               const auto part = S::mul(S::mul(sum, scale), unit);
-              S::store(out, level == 0 && sb == 0 && !a.add ? part : S::add(S::load(out), part));
+              S::store(out, level == a.first && sb == 0 && !a.add ? part : S::add(S::load(out), part));
             }
           }
         }

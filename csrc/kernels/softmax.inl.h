@@ -3,23 +3,26 @@
 // Scores are in log2 units, so 2^x is a polynomial on [-1/2, 1/2] and an exponent shift. Probabilities below 2^-126
 // of the maximum are exactly zero: no denormals enter the accumulation, and a masked token (-inf) weighs nothing.
 #pragma once
+#include "kernels/blocking.inl.h"
 #include "kernels/table.h"
+#include "simd/half.h"
 
 namespace {
 
-// 2^x for x <= 0; relative error 4e-6 (degree 5, Taylor-like minimax on half a unit).
+// 2^x for x <= 0; relative error 2.7e-6 (minimax of degree 4 on half a unit).
 template <class S>
 typename S::F exp2_nonpositive(typename S::F x) {
   using F = typename S::F;
-  const F floor = S::set1(-126.0F), clamped = S::max(x, floor);
-  const F n = S::round_even(clamped), f = S::sub(clamped, n);
-  F p = S::set1(1.33335581e-3F);
-  p = S::fma(p, f, S::set1(9.61812911e-3F));
-  p = S::fma(p, f, S::set1(5.55041087e-2F));
-  p = S::fma(p, f, S::set1(2.40226507e-1F));
-  p = S::fma(p, f, S::set1(6.93147181e-1F));
-  p = S::fma(p, f, S::set1(1.0F));
-  return S::zero_where_less(S::scale_by_power(p, n), x, floor);
+  // Adding 1.5 * 2^23 rounds to a whole number n, and leaves it in the lowest bits.
+  const F floor = S::set1(-126.0F), whole = S::set1(12582912.0F);
+  const F clamped = S::max(x, floor), shifted = S::add(clamped, whole);
+  const F f = S::sub(clamped, S::sub(shifted, whole));
+  F p = S::set1(9.57010221e-3F);
+  p = S::fma(p, f, S::set1(5.59178628e-2F));
+  p = S::fma(p, f, S::set1(2.40247443e-1F));
+  p = S::fma(p, f, S::set1(6.93121791e-1F));
+  p = S::fma(p, f, S::set1(9.99999285e-1F));
+  return S::zero_where_less(S::add_to_exponent(p, shifted), x, floor);
 }
 
 // Soft cap of scores in log2 units: cap' * tanh(s / cap'), cap' = cap * log2(e), written with 2^x on x <= 0.
@@ -33,41 +36,69 @@ void softcap(float* scores, int32_t n, float cap) {
   }
 }
 
-template <class S>
-void softmax(const kvpack::SoftmaxArgs& a) {
+// log2(x), x >= 0, at most 0.09 too low; far below everything for 0.
+inline float rough_log2(float x) { return static_cast<float>(float_bits(x)) * 0x1p-23F - 127.0F; }
+
+// Rows side by side, so that reductions overlap.
+template <class S, int G>
+kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
   using namespace kvpack;
   using F = typename S::F;
-  constexpr int kVectors = kTile / S::kLanes;
-  const int lines_per_row = (a.ahead_lines + a.group - 1) / a.group;
-  for (int g = 0; g < a.group; ++g) {
-    for (int n = g * lines_per_row; n < (g + 1) * lines_per_row && n < a.ahead_lines; ++n)
-      S::prefetch(a.ahead + n * kLine);
-    float* s = a.scores + g * kTile;
-    F top = S::load(s);
-    for (int v = 1; v < kVectors; ++v) top = S::max(top, S::load(s + v * S::kLanes));
-    const float max = S::reduce_max(top);
+  const F none = S::set1(-__builtin_inff());
+  F top[4] = {none, none, none, none};
+  for (int t = 0; t < kTile; t += S::kLanes)
+    unrolled<G>([&](int g)
+                    __attribute__((always_inline)) { top[g] = S::max(top[g], S::load(a.scores + g * kTile + t)); });
+  float max[4];
+  S::reduce_max_4(top[0], top[1], top[2], top[3], max);
+  uint32_t notable = 0;
+  for (int g = 0; g < G && a.notable > 0.0F; ++g) {
+    const SoftmaxRow& row = a.rows[g];
+    if (max[g] - row.max > rough_log2(a.notable * (row.sum + row.elsewhere))) notable |= 1U << g;
+  }
+  if (notable != 0) return {false, notable};
+  F base[G], sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
+  for (int g = 0; g < G; ++g) {
     SoftmaxRow& row = a.rows[g];
-    if (max > row.max) {
+    if (max[g] > row.max) {
       // Nothing has been accumulated yet where the old maximum is -inf.
-      const float shrink = row.max == -__builtin_inff() ? 0.0F : __builtin_exp2f(row.max - max);
+      const float shrink = row.max == -__builtin_inff() ? 0.0F : __builtin_exp2f(row.max - max[g]);
       float* out = a.out + static_cast<ptrdiff_t>(g) * a.out_stride;
       const F k = S::set1(shrink);
       for (int i = 0; i < a.out_stride; i += S::kLanes) S::store(out + i, S::mul(S::load(out + i), k));
       row.sum *= shrink;
-      row.max = max;
+      row.elsewhere *= shrink;
+      row.max = max[g];
     }
-    if (row.max == -__builtin_inff()) {  // every token so far is masked
-      for (int v = 0; v < kVectors; ++v) S::store(s + v * S::kLanes, S::zero());
-      continue;
-    }
-    const F m = S::set1(row.max);
-    F sum = S::zero();
-    for (int v = 0; v < kVectors; ++v) {
-      const F p = exp2_nonpositive<S>(S::sub(S::load(s + v * S::kLanes), m));
-      S::store(s + v * S::kLanes, p);
-      sum = S::add(sum, p);
-    }
-    row.sum += S::reduce_add(sum);
+    // Where every token so far is masked, scores are -inf, and so must be what 2^x is taken of.
+    base[g] = S::set1(row.max == -__builtin_inff() ? 0.0F : row.max);
+  }
+  for (int t = 0; t < kTile; t += S::kLanes)
+    unrolled<G>([&](int g) __attribute__((always_inline)) {
+      float* s = a.scores + g * kTile + t;
+      const F p = exp2_nonpositive<S>(S::sub(S::load(s), base[g]));
+      S::store(s, p);
+      sum[g] = S::add(sum[g], p);
+    });
+  float mass[4];
+  S::reduce_add_4(sum[0], sum[1], sum[2], sum[3], mass);
+  bool negligible = true;
+  for (int g = 0; g < G; ++g) {
+    SoftmaxRow& row = a.rows[g];
+    row.sum += mass[g];
+    negligible = negligible && mass[g] <= a.negligible * (row.sum + row.elsewhere);
+  }
+  return {negligible, 0};
+}
+
+template <class S>
+kvpack::SoftmaxResult softmax(const kvpack::SoftmaxArgs& a) {
+  for (int n = 0; n < a.ahead_lines; ++n) S::prefetch(a.ahead + n * kvpack::kLine);
+  switch (a.group) {
+    case 1: return softmax_rows<S, 1>(a);
+    case 2: return softmax_rows<S, 2>(a);
+    case 3: return softmax_rows<S, 3>(a);
+    default: return softmax_rows<S, 4>(a);
   }
 }
 

@@ -9,21 +9,24 @@ namespace kvpack {
 
 constexpr int32_t kMaxGroup = 4;  // query rows that share one unpacking of a tile
 
-// A query row, quantized for integer scores: two int8 levels (the second refines the first; precision "high" uses
-// both), one scale per scale block of the key codec.
+// A query row, quantized for integer scores: int8 levels, each of which refines the one before by a factor of 254, and
+// one scale per scale block of the key codec. Precision "standard" takes one, "high" two, and tokens that stand out one
+// more.
+constexpr int32_t kQueryLevels = 3;
 struct alignas(64) QueryRow {
-  int32_t operand[2][kMaxHeadDim / 4 * 2];
-  float scale[2][kMaxScaleBlocks];
-  int32_t offset[2][kMaxScaleBlocks];  // initial accumulator: undoes the key table's offset
+  int32_t operand[kQueryLevels][kMaxHeadDim / 4 * 2];
+  float scale[kQueryLevels][kMaxScaleBlocks];
+  int32_t offset[kQueryLevels][kMaxScaleBlocks];  // initial accumulator: undoes the key table's offset
 };
 
 struct SoftmaxRow {
-  float max, sum;  // running maximum (log2 units) and sum of 2^(score - max)
+  float max, sum;   // running maximum (log2 units) and sum of 2^(score - max)
+  float elsewhere;  // such a sum that other work items are known to have
 };
 
 struct QuantizeQueryArgs {
   const float* query;  // [head_dim], rotated if the codec is, scaled by softmax scale * log2(e)
-  int32_t head_dim, scale_block;
+  int32_t head_dim, scale_block, levels;
   QueryRow* row;
 };
 
@@ -33,8 +36,9 @@ struct ScoreArgs {
   ConstTileSide tile;
   const uint8_t* ahead;  // same section of a tile to come, prefetched line by line
   float* scores;         // [group][kTile], log2 units
-  int32_t head_dim, levels;
-  bool add = false;  // to the scores of the part before
+  int32_t head_dim;
+  int32_t first, levels;  // of the query: from one to before the other
+  bool add = false;       // to the scores of the part before, or of the levels before
 };
 
 struct SoftmaxArgs {
@@ -43,6 +47,13 @@ struct SoftmaxArgs {
   float* out;            // [group][out_stride] accumulated so far, rescaled when a maximum grows
   const uint8_t* ahead;  // prefetched meanwhile
   int32_t ahead_lines, group, out_stride;
+  float negligible;  // of a row's sum so far, the share of all these scores
+  float notable;     // of a row's sum so far, the share of one score; 0: none is
+};
+
+struct SoftmaxResult {
+  bool negligible;   // in all rows
+  uint32_t notable;  // rows with such a score, in bits; if there are any, nothing else was done
 };
 
 struct AccumulateArgs {
@@ -119,7 +130,7 @@ struct KernelTable {
   void (*project)(const float* columns, const float* x, float* out, int32_t head_dim);
   void (*project_back)(const float* columns, const float* x, float* out, int32_t head_dim);  // adds
   void (*quantize_query)(const QuantizeQueryArgs&);
-  void (*softmax)(const SoftmaxArgs&);
+  SoftmaxResult (*softmax)(const SoftmaxArgs&);
   void (*softcap)(float* scores, int32_t n, float cap);
   void (*score_mean)(const MeanArgs&);
   void (*accumulate_mean)(const MeanArgs&);

@@ -4,6 +4,8 @@
 // around the sinks: stream index i is position i before sink_start and i + S from there on. Mask columns are positions;
 // positions below `pad` are masked always.
 #pragma once
+#include <atomic>
+
 #include "kvpack/codec.h"
 
 namespace kvpack {
@@ -40,7 +42,10 @@ struct AttendParams {
   float scale, softcap;      // softcap 0: off
   bool causal;
   Precision precision;
-  uint8_t* out;  // [batch, query_heads, query_tokens, value_dim], contiguous
+  // Tiles whose values stay unread may together carry this share of a query row's probability; 0: only masked ones.
+  float sparse_values = 0.0F;
+  std::atomic<int64_t>* unread = nullptr;  // [2] counts up: tiles met by groups of query rows, values left unread
+  uint8_t* out;                            // [batch, query_heads, query_tokens, value_dim], contiguous
 };
 
 // Bytes of scratch that attend() needs; the same for the same shapes, whatever the number of threads.

@@ -80,15 +80,13 @@ struct Avx2 {
     return {_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)};
   }
 
-  // Two dwords: bytes 0 and 2, bytes 1 and 3, as 16-bit integers. Keys bring signed bytes, values unsigned ones.
-  template <kvpack::Side S>
-  static void pack_operand(const uint8_t* four, int32_t* out) {
-    const auto at = [four](int i) {
-      if (S == kvpack::Side::value) return static_cast<uint32_t>(four[i]);
-      return static_cast<uint32_t>(static_cast<uint16_t>(static_cast<int8_t>(four[i])));
-    };
-    out[0] = static_cast<int32_t>(at(0) | at(2) << 16);
-    out[1] = static_cast<int32_t>(at(1) | at(3) << 16);
+  // Two dwords for every four depths: depths 0 and 2, depths 1 and 3, as 16-bit integers.
+  static void store_operand(int32_t* operand, int at, F v) {
+    const I order = _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                     0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const I halves = _mm256_shuffle_epi8(_mm256_cvttps_epi32(v), order);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(operand + at / 2),
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
   }
   template <kvpack::Side S>
   static I dot(I acc, const Code& code, const int32_t* operand) {
@@ -123,9 +121,8 @@ struct Avx2 {
   static F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F truncate(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
   static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
-  // n in -126..0 (clamped by the caller), a in [0.5, 2]: the exponent field takes n.
-  static F scale_by_power(F a, F n) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+  static F add_to_exponent(F a, F n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
   }
   static I count_where_greater(I n, F a, F b) {
     return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
@@ -178,6 +175,12 @@ struct Avx2 {
   static void reduce_add_4(F a, F b, F c, F d, float* out) {
     const F s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+  static __m128 fold_max(F v) { return _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+  static __m128 max_of_pairs(__m128 a, __m128 b) { return _mm_max_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)); }
+  static void reduce_max_4(F a, F b, F c, F d, float* out) {
+    const __m128 ab = max_of_pairs(fold_max(a), fold_max(b)), cd = max_of_pairs(fold_max(c), fold_max(d));
+    _mm_storeu_ps(out, _mm_max_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
   }
   // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/prefetches.sh).
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) {

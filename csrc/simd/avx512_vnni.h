@@ -77,9 +77,8 @@ struct Avx512Vnni {
   static I negate_bytes(I v, I mask) { return _mm512_sub_epi8(_mm512_xor_si512(v, mask), mask); }
   static Code expand(I levels) { return levels; }
 
-  template <kvpack::Side>
-  static void pack_operand(const uint8_t* four, int32_t* out) {
-    __builtin_memcpy(out, four, 4);
+  static void store_operand(int32_t* operand, int at, F v) {
+    store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
   // Through asm with GCC, which otherwise copies every accumulator once per step and spills some of them.
   [[gnu::always_inline]] static I dpbusd(I acc, I unsigned_bytes, I signed_bytes) {
@@ -125,7 +124,9 @@ struct Avx512Vnni {
   static F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static F truncate(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
-  static F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }
+  static F add_to_exponent(F a, F n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+  }
   static I count_where_greater(I n, F a, F b) {
     return _mm512_mask_sub_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), n, _mm512_set1_epi32(-1));
   }
@@ -173,6 +174,15 @@ struct Avx512Vnni {
   static void reduce_add_4(F a, F b, F c, F d, float* out) {
     const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+  static __m128 fold_max(F v) {
+    const __m256 x = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  }
+  static __m128 max_of_pairs(__m128 a, __m128 b) { return _mm_max_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)); }
+  static void reduce_max_4(F a, F b, F c, F d, float* out) {
+    const __m128 ab = max_of_pairs(fold_max(a), fold_max(b)), cd = max_of_pairs(fold_max(c), fold_max(d));
+    _mm_storeu_ps(out, _mm_max_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
   }
   // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/prefetches.sh).
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) {

@@ -80,9 +80,8 @@ struct Neon {
   static I negate_bytes(I v, I mask) { return from(vsubq_u8(veorq_u8(bytes(v), bytes(mask)), bytes(mask))); }
   static Code expand(I levels) { return vreinterpretq_s8_s32(levels); }
 
-  template <kvpack::Side>
-  static void pack_operand(const uint8_t* four, int32_t* out) {
-    __builtin_memcpy(out, four, 4);
+  static void store_operand(int32_t* operand, int at, F v) {
+    store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
   template <kvpack::Side>
   static I dot(I acc, Code code, const int32_t* operand) {
@@ -114,9 +113,8 @@ struct Neon {
   static F round_even(F a) { return vrndnq_f32(a); }
   static F truncate(F a) { return vrndq_f32(a); }
   static F to_float(I v) { return vcvtq_f32_s32(v); }
-  // n in -126..0 (clamped by the caller), a in [0.5, 2]: the exponent field takes n.
-  static F scale_by_power(F a, F n) {
-    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vcvtnq_s32_f32(n), 23)));
+  static F add_to_exponent(F a, F n) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(n), 23)));
   }
   static I count_where_greater(I n, F a, F b) { return vsubq_s32(n, vreinterpretq_s32_u32(vcgtq_f32(a, b))); }
   static F zero_where_less(F v, F a, F b) {
@@ -157,6 +155,9 @@ struct Neon {
   }
   static void reduce_add_4(F a, F b, F c, F d, float* out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+  }
+  static void reduce_max_4(F a, F b, F c, F d, float* out) {
+    vst1q_f32(out, vpmaxq_f32(vpmaxq_f32(a, b), vpmaxq_f32(c, d)));
   }
   // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/prefetches.sh).
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }

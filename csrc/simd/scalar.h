@@ -25,7 +25,10 @@
 //   reduce_16             the sum of 16 lanes in the format's order
 //   count_where_greater   n + (a > b ? 1 : 0)
 //   store_signed          bytes middle + n, or middle - 1 - n where the sign bit of the float is set
-//   pack_operand<Side>    four operand bytes (keys: signed query, values: unsigned probability) as dot() wants them
+//   store_operand         kLanes whole numbers (a quantized query or probabilities) from depth `at` of an operand, as
+//                         dot() wants them
+//   reduce_max_4, reduce_add_4  four vectors at once
+//   add_to_exponent       the lowest bits of the second float, as a whole number, to the exponent of the first
 //   load_element<dtype>   kLanes elements as floats; e4m3: in units of kE4m3Unit, subnormals whatever the mode
 //   store_int16           floats below 2^31, rounded half to even, cut off at the range of int16
 //
@@ -113,9 +116,8 @@ struct Scalar {
   }
   static Code expand(I levels) { return levels; }
 
-  template <kvpack::Side>
-  static void pack_operand(const uint8_t* four, int32_t* out) {
-    std::memcpy(out, four, 4);
+  static void store_operand(int32_t* operand, int at, F v) {
+    store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
   template <kvpack::Side S>
   static I dot(I acc, Code code, const int32_t* operand) {
@@ -151,7 +153,7 @@ struct Scalar {
   static F round_even(F a) { return std::nearbyint(a); }
   static F truncate(F a) { return std::trunc(a); }
   static F to_float(I v) { return static_cast<float>(static_cast<int32_t>(v)); }
-  static F scale_by_power(F a, F n) { return std::ldexp(a, static_cast<int>(n)); }
+  static F add_to_exponent(F a, F n) { return bits_float(float_bits(a) + (float_bits(n) << 23)); }
   static I count_where_greater(I n, F a, F b) { return a > b ? n + 1 : n; }
   static F zero_where_less(F v, F a, F b) { return a < b ? 0.0F : v; }
   static F look_up_8(const float* table, I n) { return table[n]; }
@@ -181,6 +183,7 @@ struct Scalar {
     out[2] = c;
     out[3] = d;
   }
+  static void reduce_max_4(F a, F b, F c, F d, float* out) { reduce_add_4(a, b, c, d, out); }
   static void prefetch(const uint8_t*) {}
 
   static void store_int16(int16_t* p, F v) {

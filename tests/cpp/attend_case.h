@@ -33,6 +33,7 @@ struct Case {
   float softcap = 0.0F, gain = 1.0F;  // gain: multiplies the queries, for sharper attention
   float common = 0.0F;                // what all packed vectors of a head have in common: the size of it per dim
   Precision precision = Precision::standard;
+  float sparse_values = 0.0F;
   Dtype dtype = Dtype::f32;
   bool token_major = false;  // [batch, token, head, dim] in memory, as models make it; else [batch, head, token, dim]
   uint64_t seed = 1;
@@ -47,7 +48,8 @@ inline std::string describe(const Case& c) {
     << c.counts.size() << " sinks " << c.sinks << " exact " << c.exact << " mask " << static_cast<int>(c.mask)
     << " broadcast " << c.broadcast << " mask dtype " << static_cast<int>(c.mask_dtype) << " causal " << c.causal
     << " logits " << c.sink_logits << " softcap " << c.softcap << " gain " << c.gain << " precision "
-    << static_cast<int>(c.precision) << " dtype " << static_cast<int>(c.dtype) << " token_major " << c.token_major;
+    << static_cast<int>(c.precision) << " sparse " << c.sparse_values << " dtype " << static_cast<int>(c.dtype)
+    << " token_major " << c.token_major;
   return s.str();
 }
 
@@ -161,14 +163,16 @@ class Problem {
     p.softcap = c.softcap;
     p.causal = c.causal;
     p.precision = c.precision;
+    p.sparse_values = c.sparse_values;
     p.out = out;
     return p;
   }
 
   // [batch, query_heads, query_tokens, value_dim] elements.
-  Bytes run(ParallelFor parallel = serial_for) const {
+  Bytes run(ParallelFor parallel = serial_for, std::atomic<int64_t>* unread = nullptr) const {
     Bytes out(static_cast<size_t>(c.batch * c.query_heads * c.query_tokens * c.value_dim * dtype_bytes(c.dtype)));
-    const AttendParams p = params(out.data());
+    AttendParams p = params(out.data());
+    p.unread = unread;
     Bytes workspace(attend_workspace(p));
     attend(p, workspace.data(), parallel);
     return out;

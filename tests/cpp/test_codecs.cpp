@@ -284,7 +284,7 @@ TEST(every_element_of_e4m3_is_read) {
   alignas(64) float query[d] = {}, scores[kTile], probs[kTile] = {}, out[d];
   for (int i = 0; i < d; ++i) {
     query[i] = 1.0F;
-    k.score[fp8][0]({nullptr, query, tile.read(), tile.read().codes, scores, d, 1});
+    k.score[fp8][0]({nullptr, query, tile.read(), tile.read().codes, scores, d, 0, 1});
     query[i] = 0.0F;
     for (int t = 0; t < kTile; ++t) CHECK_EQ(scores[t], reference::e4m3(tile.read().codes[i * kTile + t]));
   }

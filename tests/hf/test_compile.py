@@ -93,5 +93,5 @@ def test_operators() -> None:
     common = (table.addresses, table.counts, table.used)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(page_ops.decode_tiles, (*common, 1, 0, layer.layout, torch.float32, 128), test_utils=checks)
-    args = (torch.randn(2, 4, 1, 64), *common, 0, None, None, new, new, None, None, layer.layout, 0.1, 0)
+    args = (torch.randn(2, 4, 1, 64), *common, 0, None, None, new, new, None, None, layer.layout, 0.1, 0, 0.0)
     torch.library.opcheck(page_ops.attend_tiles, args, test_utils=checks)

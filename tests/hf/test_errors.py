@@ -28,6 +28,8 @@ from .test_window import make
         ({"sinks": -4}, "sinks=-4 is not allowed"),
         ({"sinks": True}, "sinks=True is not allowed"),
         ({"precision": "best"}, "precision='best' is not allowed: 'default' or 'high'"),
+        ({"sparse_values": 1.0}, "sparse_values=1.0 is not allowed: a share, 0 to below 1"),
+        ({"sparse_values": True}, "sparse_values=True is not allowed: a share, 0 to below 1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

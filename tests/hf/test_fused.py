@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpack import Cache, codecs
 
@@ -50,6 +51,24 @@ def test_fused_is_what_dense_is(codec: str, precision: str) -> None:
         assert torch.equal(a.keys, b.keys)  # the prompt was packed alike
     got, want = h.run(model, fused, ids, []), h.run(model, dense, ids, [])
     assert h.error(got, want) <= (1e-3 if precision == "high" else 5e-2)
+
+
+def test_values_of_negligible_tiles_stay_unread() -> None:
+    """The share bounds what is missing; `stats` counts, where a share was asked for."""
+    sharp = LlamaConfig(**{**h.SHAPE, "num_hidden_layers": 1, "initializer_range": 0.6})
+    model = h.build(LlamaForCausalLM, sharp)
+    ids = h.tokens(2, 700)
+    every = h.packed(model, key="tq4", precision="high")
+    some = h.packed(model, key="tq4", precision="high", sparse_values=1e-3)
+    want, got = (h.run(model, cache, ids, [690, 4]) for cache in (every, some))
+    assert 0 < h.error(got, want) <= 1e-3
+    stats = some.stats()[0]
+    # 2 rows, 2 KV heads, 9 tiles: 4 tokens of 2 query heads are 2 groups of query rows; then 6 times one token.
+    assert stats.value_tiles_met == 2 * 2 * 9 * (2 + 6)
+    assert 0 < stats.value_tiles_unread < stats.value_tiles_met
+    assert (every.stats()[0].value_tiles_met, every.stats()[0].value_tiles_unread) == (0, 0)
+    some.reset()
+    assert (some.stats()[0].value_tiles_met, some.stats()[0].value_tiles_unread) == (0, 0)
 
 
 def test_cheap_codecs_are_not_exact() -> None:

@@ -34,6 +34,7 @@ class Implementation:
     encode_pages: Callable[..., None]
     decode_pages: Callable[..., Tensor]
     attend: Callable[..., Tensor]
+    attend_counting: Callable[..., None]
 
 
 DEFAULT = Implementation(
@@ -44,8 +45,18 @@ DEFAULT = Implementation(
     _encode_pages.default,
     _decode_pages.default,
     _attend.default,
+    _attend.counting_default,
 )
-NATIVE = Implementation("native", _encode.OP, _decode.OP, _rotate.OP, _encode_pages.OP, _decode_pages.OP, _attend.OP)
+NATIVE = Implementation(
+    "native",
+    _encode.OP,
+    _decode.OP,
+    _rotate.OP,
+    _encode_pages.OP,
+    _decode_pages.OP,
+    _attend.OP,
+    _attend.COUNTING_OP,
+)
 
 
 def refuses(impl: Implementation, named: str = ".") -> AbstractContextManager[Any]:

@@ -181,6 +181,31 @@ def test_fake_of_attend(what: str) -> None:
         torch.ops.kvpack.attend(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments])
 
 
+COUNTING: dict[str, tuple[Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor]], str]] = {
+    "share below 0": (lambda out, unread: (-0.1, out, unread), "-0.1"),
+    "share of everything": (lambda out, unread: (1.0, out, unread), "1.0"),
+    "share that is no number": (lambda out, unread: (float("nan"), out, unread), "nan"),
+    "shape of out": (lambda out, unread: (0.0, out[:1], unread), r"\[1, "),
+    "dtype of out": (lambda out, unread: (0.0, out.half(), unread), "float16"),
+    "order of out": (lambda out, unread: (0.0, out.transpose(0, 1).contiguous().transpose(0, 1), unread), "contiguous"),
+    "dtype of unread": (lambda out, unread: (0.0, out, unread.int()), "int32"),
+    "shape of unread": (lambda out, unread: (0.0, out, unread[:1]), r"\[1\]"),
+}
+
+
+@pytest.mark.parametrize("what", COUNTING)
+def test_attend_counting(impl: Implementation, what: str) -> None:
+    change, named = COUNTING[what]
+    case = attend_case()
+    more = change(torch.zeros(2, 4, 3, 64), torch.zeros(2, dtype=torch.int64))
+    with refuses(impl, named):
+        impl.attend_counting(*case.arguments(), *more)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=named):
+        torch.ops.kvpack.attend_counting(
+            *[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in (*case.arguments(), *more)]
+        )
+
+
 PAGES: dict[str, tuple[Callable[..., tuple[Any, ...]], str]] = {
     "first tile": (lambda t, k, v: (t, k, v, -1), "-1"),
     "too many tiles": (lambda t, k, v: (t, k, v, 3), "3"),

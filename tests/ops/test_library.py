@@ -13,7 +13,7 @@ import torch
 from kvpack import ops
 from kvpack.ops import _library
 
-NAMES = ("encode", "decode", "rotate", "encode_pages", "decode_pages", "attend")
+NAMES = ("encode", "decode", "rotate", "encode_pages", "decode_pages", "attend", "attend_counting")
 
 
 def test_native_is_what_the_dispatcher_has() -> None:
@@ -24,10 +24,10 @@ def test_native_is_what_the_dispatcher_has() -> None:
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.kvpack, name).default.tags
 
 
-def test_only_encode_pages_mutates() -> None:
+def test_operators_that_mutate_return_nothing() -> None:
     for name in NAMES:
         schema = getattr(torch.ops.kvpack, name).default._schema
-        assert schema.is_mutable == (name == "encode_pages")
+        assert schema.is_mutable == (name in ("encode_pages", "attend_counting"))
         assert bool(schema.returns) != schema.is_mutable
 
 

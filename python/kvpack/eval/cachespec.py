@@ -29,6 +29,7 @@ class CacheSpec:
     sinks: int = SINKS
     fused: bool = True
     precision: str = "default"
+    sparse_values: float = 0.0
     factory: Callable[[Any], Any] | None = None
     policy: Policy | None = None
 
@@ -133,7 +134,7 @@ class CacheSpec:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `kvpack.Cache`."""
-        how = {"fused": self.fused, "precision": self.precision}
+        how = {"fused": self.fused, "precision": self.precision, "sparse_values": self.sparse_values}
         if self.policy is not None:
             return {"policy": self.policy, **how}
         return {"key": self.key, "value": self.value_codec, "window": self.window, "sinks": self.sinks, **how}

@@ -46,6 +46,8 @@ class Cache(StockCache):  # type: ignore[misc]
         attention_mask: tokenizer mask [B, L] of the prompt (0 is padding). Left-padded prompts need it only
             where attention is not `sdpa`, whose masks the cache reads itself.
         precision: of the fused path: "default" (int8 scores) or "high".
+        sparse_values: of the fused path: the values of whole tiles stay unread while the probability of all such
+            tiles together is below this share of a query's; 0 reads them all. `stats()` counts them.
         encoder_decoder: this is the self-attention half of an `EncoderDecoderCache`; see
             `for_encoder_decoder`, which makes both halves.
 
@@ -67,6 +69,7 @@ class Cache(StockCache):  # type: ignore[misc]
         fused: bool = True,
         attention_mask: Tensor | None = None,
         precision: str = "default",
+        sparse_values: float = 0.0,
         encoder_decoder: bool = False,
     ) -> None:
         if not hasattr(config, "get_text_config"):
@@ -80,6 +83,8 @@ class Cache(StockCache):  # type: ignore[misc]
         policy = _policy(policy, key, value, window, sinks)
         if precision not in _PRECISIONS:
             raise ValueError(f"precision={precision!r} is not allowed: {' or '.join(map(repr, _PRECISIONS))}")
+        if isinstance(sparse_values, bool) or not 0.0 <= sparse_values < 1.0:
+            raise ValueError(f"sparse_values={sparse_values!r} is not allowed: a share, 0 to below 1")
 
         text = config.get_text_config(decoder=True)
         types, kwargs = get_layer_types_and_kwargs(text)
@@ -112,6 +117,7 @@ class Cache(StockCache):  # type: ignore[misc]
                     sinks=policy.sinks,
                     fused=fused,
                     precision=_PRECISIONS.index(precision),
+                    sparse_values=float(sparse_values),
                     index=index,
                     query_heads=getattr(own, "num_attention_heads", None),
                     guards_prompt=index == first,

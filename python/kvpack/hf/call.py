@@ -165,6 +165,7 @@ class Call:
                 layer.layout,
                 scale,
                 layer.precision,
+                layer.sparse_values,
             )
         else:
             out = ops.attend(
@@ -181,6 +182,8 @@ class Call:
                 layer.layout,
                 scale,
                 precision=layer.precision,
+                sparse_values=layer.sparse_values,
+                unread=layer.unread,
             )
         return out.reshape(batch, heads, count, -1) if fold else out
 

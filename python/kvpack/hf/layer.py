@@ -34,6 +34,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         sinks: first real tokens kept exact.
         fused: return handles (True) or dense tensors (False) once there is a history.
         precision: of the fused path, 0 default or 1 high.
+        sparse_values: of the fused path, share of a query's probability whose values may stay unread.
         index: of the layer in the model, for messages.
         query_heads: query heads of the model, if known; lets grouped heads share the decoding of a token.
         guards_prompt: look for prompts that arrive twice (one layer of a cache does).
@@ -52,12 +53,14 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         sinks: int = 4,
         fused: bool = True,
         precision: int = 0,
+        sparse_values: float = 0.0,
         index: int = 0,
         query_heads: int | None = None,
         guards_prompt: bool = False,
     ) -> None:
         self.fused = fused
         self.precision = precision
+        self.sparse_values = sparse_values
         self.query_heads = query_heads
         self.guards_prompt = guards_prompt
         self.n_rep = 1
@@ -73,6 +76,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         self.told_rows: int | None = None  # rows of the padding mask that the user gave
         self.heard = False  # whether the mask of the pending call was seen
         self.last_count = 0
+        # Counts of tiles by the fused path: met, values unread.
+        self.unread = torch.zeros(2, dtype=torch.int64) if self.sparse_values else None
 
     def reset(self) -> None:
         """Empty the layer; forgets padding and counters too."""
@@ -282,6 +287,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
 
     def stats(self) -> LayerStats:
         """What happened since the layer was made or reset."""
+        met, unread = (0, 0) if self.unread is None else self.unread.tolist()
         return LayerStats(
             layer=self.index,
             key=str(self.specs[KEY]),
@@ -292,6 +298,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
             fallback_calls=dict(self.counters.fallback_calls),
             nonfinite_replaced=self.counters.nonfinite_replaced,
             late_padding=self.counters.late_padding,
+            value_tiles_met=met,
+            value_tiles_unread=unread,
         )
 
     # The rest of the stock interface.

@@ -49,7 +49,7 @@ def memory(*caches: StockCache) -> dict[str, int]:
         table = layer.table
         _add(
             storages["tables"],
-            _tensors((table.addresses, table.counts, table.used, layer.rows, layer.pads, layer.writer)),
+            _tensors((table.addresses, table.counts, table.used, layer.rows, layer.pads, layer.writer, layer.unread)),
         )
         for number, (page, used) in table.slots_in_use().items():
             if number not in pages or pages[number][1] < used:

@@ -95,6 +95,7 @@ def _attend_fake(
     layout: Sequence[int],
     scale: float,
     precision: int,
+    sparse_values: float,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], layout[3]))
 
@@ -114,10 +115,25 @@ def _attend(
     layout: Sequence[int],
     scale: float,
     precision: int,
+    sparse_values: float,
 ) -> Tensor:
-    sinks, exact = (sink_keys, sink_values), (keys, values)
     in_use = counts[: int(used) - fresh]
-    return ops.attend(query, addresses, in_use, *sinks, *exact, rows, mask, None, layout, scale, precision=precision)
+    return ops.attend(
+        query,
+        addresses,
+        in_use,
+        sink_keys,
+        sink_values,
+        keys,
+        values,
+        rows,
+        mask,
+        None,
+        layout,
+        scale,
+        precision=precision,
+        sparse_values=sparse_values,
+    )
 
 
 write_tiles = _library.register(
@@ -138,7 +154,7 @@ decode_tiles = _library.register(
 attend_tiles = _library.register(
     "attend_tiles(Tensor query, Tensor addresses, Tensor counts, Tensor used, SymInt fresh, "
     "Tensor? sink_keys, Tensor? sink_values, Tensor? keys, Tensor? values, Tensor? rows, Tensor? mask, "
-    "int[] layout, float scale, int precision) -> Tensor",
+    "int[] layout, float scale, int precision, float sparse_values) -> Tensor",
     _attend_fake,
     _attend,
 )

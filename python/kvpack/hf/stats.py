@@ -29,6 +29,8 @@ class LayerStats:
         "gradients", "dropout", ...
     nonfinite_replaced: NaN and Inf replaced by 0 under KVPACK_NONFINITE=zero.
     late_padding: padded positions that became known only after they were packed or made sinks.
+    value_tiles_met, value_tiles_unread: with `sparse_values`, tiles that groups of up to four query rows of a KV head
+        met in fused calls, and those among them whose values were left unread.
     """
 
     layer: int
@@ -40,3 +42,5 @@ class LayerStats:
     fallback_calls: dict[str, int]
     nonfinite_replaced: int
     late_padding: int
+    value_tiles_met: int
+    value_tiles_unread: int

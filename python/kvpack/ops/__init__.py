@@ -40,6 +40,7 @@ native: bool = _library.load_native()
 
 # Bound once, because attend is called for every layer and token.
 _attend_op = _attend.OP
+_attend_counting_op = _attend.COUNTING_OP
 _encode_op = _encode.OP
 _decode_op = _decode.OP
 _rotate_op = _rotate.OP
@@ -186,6 +187,8 @@ def attend(
     softcap: float = 0.0,
     causal: bool = False,
     precision: int = 0,
+    sparse_values: float = 0.0,
+    unread: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries over packed pages, sinks and exact tokens, in one softmax.
 
@@ -209,11 +212,15 @@ def attend(
         softcap: caps the scaled scores at softcap * tanh(score / softcap), before the mask; 0 is off.
         causal: query i sees the exact tokens below E - q + i + 1, and everything before them.
         precision: 0 default (int8 scores), 1 high. The default implementation is float32 either way.
+        sparse_values: share of a query's probability, 0 to below 1, that tiles whose values stay unread may have
+            together; every tile gets the same part of it. 0 reads all that is not masked.
+        unread: int64 [2] or None; adds up the tiles that groups of at most 4 query rows met, and those among them
+            whose values stayed unread. The default implementation leaves it alone.
 
     Returns:
         [B, Hq, q, dv], contiguous, dtype of the query. A row with nothing to attend to gives zeros.
     """
-    out: Tensor = _attend_op(
+    call = (
         query,
         table,
         counts,
@@ -229,5 +236,11 @@ def attend(
         softcap,
         causal,
         precision,
+        sparse_values,
     )
+    if unread is None:
+        out: Tensor = _attend_op(*call)
+    else:
+        out = query.new_empty((*query.shape[:3], layout[3]))
+        _attend_counting_op(*call, out, unread)
     return out

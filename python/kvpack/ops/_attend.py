@@ -1,6 +1,7 @@
-"""Operator ``kvpack::attend``: attention of queries over packed pages, sinks and exact tokens.
+"""Operator ``kvpack::attend``: attention of queries over packed pages, sinks and exact tokens; and
+``kvpack::attend_counting``, which does the same and counts the tiles whose values stayed unread.
 
-The default decodes everything and takes one dense float32 softmax.
+The default decodes everything and takes one dense float32 softmax; it leaves no values unread.
 
 Positions of row b with (pad, sink_start) = rows[b]: the *stream* (packed tokens, then the exact ones) is
 interleaved with S sinks. Stream index i sits at position i if i < sink_start, else at i + S; sink j at
@@ -18,11 +19,13 @@ from torch import Tensor
 from . import _library, _pages, _tables
 from ._tables import KEY, VALUE, Layout
 
-SCHEMA = (
-    "attend(Tensor query, Tensor table, Tensor counts, Tensor? sink_keys, Tensor? sink_values, Tensor? keys, "
+_ARGUMENTS = (
+    "Tensor query, Tensor table, Tensor counts, Tensor? sink_keys, Tensor? sink_values, Tensor? keys, "
     "Tensor? values, Tensor? rows, Tensor? mask, Tensor? sink_logits, int[] layout, float scale, "
-    "float softcap, bool causal, int precision) -> Tensor"
+    "float softcap, bool causal, int precision"
 )
+SCHEMA = f"attend({_ARGUMENTS}, float sparse_values=0.0) -> Tensor"
+COUNTING_SCHEMA = f"attend_counting({_ARGUMENTS}, float sparse_values, Tensor(a!) out, Tensor(b!) unread) -> ()"
 
 
 class Call(NamedTuple):
@@ -43,6 +46,7 @@ class Call(NamedTuple):
     softcap: float
     causal: bool
     precision: int
+    sparse_values: float = 0.0
 
 
 def _pair(name: str, keys: Tensor | None, values: Tensor | None, query: Tensor, layout: Layout) -> int:
@@ -96,6 +100,8 @@ def _check(call: Call, layout: Layout) -> tuple[int, int]:
         raise ValueError(f"softcap is {call.softcap}; allowed: 0 (off) or positive")
     if call.precision not in (0, 1):
         raise ValueError(f"precision is {call.precision}; allowed: 0 (default), 1 (high)")
+    if not 0.0 <= call.sparse_values < 1.0:
+        raise ValueError(f"sparse_values is {call.sparse_values}; allowed: 0 to below 1")
     return sinks, exact
 
 
@@ -172,4 +178,26 @@ def default(*args: Any, **kwargs: Any) -> Tensor:
     return out.reshape(batch, heads, count, layout.head_dims[VALUE]).to(query.dtype).contiguous()
 
 
+def _check_counting(call: Call, layout: Layout, out: Tensor, unread: Tensor) -> None:
+    """Checks of what `attend_counting` writes to."""
+    shape = [*call.query.shape[:3], layout.head_dims[VALUE]]
+    if list(out.shape) != shape or out.dtype != call.query.dtype or not out.is_contiguous():
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}; allowed: {call.query.dtype} {shape}, contiguous")
+    if unread.dtype != torch.int64 or list(unread.shape) != [2]:
+        raise ValueError(f"unread is {unread.dtype} {list(unread.shape)}; allowed: torch.int64 [2]")
+
+
+def counting_fake(*args: Any) -> None:
+    call, (out, unread) = Call(*args[:-2]), args[-2:]
+    layout = _tables.parse_layout(call.layout)
+    _check(call, layout)
+    _check_counting(call, layout, out, unread)
+
+
+def counting_default(*args: Any) -> None:
+    counting_fake(*args)
+    args[-2].copy_(default(*args[:-2]))
+
+
 OP = _library.register(SCHEMA, fake, default)
+COUNTING_OP = _library.register(COUNTING_SCHEMA, counting_fake, counting_default)
