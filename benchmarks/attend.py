@@ -2,16 +2,19 @@
 
     python benchmarks/attend.py                       a quarter of an hour
     python benchmarks/attend.py --contexts 16384 --dims 128 --threads 1 --codecs exact,tq4,tcq3 --doc ""
+    python benchmarks/attend.py --queries 2,16,128,512 --contexts 4096,16384 --threads 1 --rounds 5
 
-Decode steps of one layer, 8 KV heads with 4 query heads each, cold: every contender walks through copies of its data
-that are together larger than the processor's caches. All contenders run interleaved in one process; printed are medians
-and, of ratios within a round, the 10th and 90th percentile. "torch best" is the fastest of torch's ways in that table.
-The bandwidth is that of torch.dot over vectors of float32 of the same total size, in the same process.
+The last, query tokens with a mask over a packed history, goes to docs/history.md. Otherwise: decode steps of one layer,
+8 KV heads with 4 query heads each, cold: every contender walks through copies of its data that are together larger than
+the processor's caches. All contenders run interleaved in one process; printed are medians and, of ratios within a
+round, the 10th and 90th percentile. "torch best" is the fastest of torch's ways in that table. The bandwidth is that of
+torch.dot over vectors of float32 of the same total size, in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import time
 from pathlib import Path
@@ -76,9 +79,14 @@ def main() -> None:
     add("--dims", default="128,64")
     add("--threads", default="1,2")
     add("--dtype", default="bfloat16", help="of torch's keys and values, of `exact` and of the query")
+    add("--queries", default="1", help="numbers of query tokens; with more than one, they have a mask")
     add("--rounds", type=int, default=9)
-    add("--doc", default=str(ROOT / "docs/speed.md"), help="written between its markers; empty for none")
+    add("--doc", help="written between its markers; empty for none [default: docs/speed.md, or docs/history.md]")
     options = parser.parse_args()
+    queries = [int(x) for x in options.queries.split(",")]
+    doc = options.doc
+    if doc is None:
+        doc = str(ROOT / ("docs/speed.md" if queries == [1] else "docs/history.md"))
     codecs = options.codecs.split(",") if options.codecs else kvpack.codecs()
     contexts, dims, threads = (
         [int(x) for x in text.split(",")] for text in (options.contexts, options.dims, options.threads)
@@ -87,16 +95,17 @@ def main() -> None:
     for count in threads:
         torch.set_num_threads(count)
         memory = bandwidth()
-        for dim in dims:
-            for context in contexts if count == threads[0] else contexts[-2:]:
-                rows = bench_attend(
-                    codecs, BenchShape(context, head_dim=dim, dtype=options.dtype), rounds=options.rounds
-                )
-                head = f"**{context} tokens, d = {dim}, threads: {count}**, bandwidth {memory / 1e9:.1f} GB/s"
-                parts.append(f"{head}\n\n{table(rows, memory)}")
-                print(parts[-1] + "\n", flush=True)
-    if options.doc:
-        write_doc(Path(options.doc), "\n\n".join(parts))
+        lengths = contexts if count == threads[0] else contexts[-2:]
+        for dim, context, query in itertools.product(dims, lengths, queries):
+            shape = BenchShape(context, head_dim=dim, dtype=options.dtype, queries=query)
+            rows = bench_attend(codecs, shape, rounds=options.rounds)
+            head = f"**{context} tokens, d = {dim}, threads: {count}**, bandwidth {memory / 1e9:.1f} GB/s"
+            if query > 1:
+                head = f"**{query} query tokens over** {head}"
+            parts.append(f"{head}\n\n{table(rows, memory)}")
+            print(parts[-1] + "\n", flush=True)
+    if doc:
+        write_doc(Path(doc), "\n\n".join(parts))
 
 
 if __name__ == "__main__":

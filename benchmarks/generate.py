@@ -2,11 +2,13 @@
 
     python benchmarks/generate.py                                  the default model at 512, 2048 and 8128 tokens
     python benchmarks/generate.py --dtype bfloat16 --threads 1 --codecs tq4,tcq3 --peers none
+    python benchmarks/generate.py --model random --contexts 16384  a Llama of random weights, head size 128
 
 Every cache decodes from the same context, round by round, in rotating order; ratios to DynamicCache are formed within
 a round, and printed with their 10th and 90th percentile. A further run of each cache under torch's profiler says where
 its time goes: in attention (for peers, taking tokens out of their cache is not in it), and in aten::cat, which is how
-dense caches grow.
+dense caches grow. The last column is what `update` and the interception of attention take per layer and step, the
+operators `attend` and `encode_pages` not counted.
 """
 
 from __future__ import annotations
@@ -14,19 +16,30 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from kvpack import isa
+from kvpack import isa, ops
 from kvpack.eval import load_model, load_text
-from kvpack.eval.cachespec import CacheSpec, fill
+from kvpack.eval.cachespec import CacheSpec, dense_cache, fill
+from kvpack.eval.models import RANDOM, random_model
 from kvpack.eval.modes import forward
 from kvpack.eval.peers import Peer, fill_peer, peer
 from kvpack.eval.quality import available
 from kvpack.eval.speed import DecodeSpeed, decode_speed, prefill
 from kvpack.eval.texts import DEFAULT_TEXT, cut_windows
+from kvpack.hf import handle
+from kvpack.hf.layer import PackedLayer
 
+RANDOM_SIZES = {
+    "hidden_size": 2048,
+    "head_dim": 128,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+}
 ATTENTION = ("kvpack::attend", "aten::scaled_dot_product_attention")
 
 
@@ -52,12 +65,56 @@ def shares(model: Any, context: Any, cache: CacheSpec | Peer | None, token: int,
     return attention * 1e-6 / took, cat * 1e-6 / took
 
 
-def line(row: DecodeSpeed, attention: float, cat: float) -> str:
+@torch.no_grad()
+def python_microseconds(model: Any, context: Any, cache: CacheSpec, token: int, tokens: int) -> float:
+    """Of kvpack's Python, and what it calls besides its own operators, per packed layer and step."""
+    held = fill(cache, context, model.config)
+    spent = {"all": 0.0, "operators": 0.0}
+
+    def timed(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            out = call(*args, **options)
+            spent[kind] += time.perf_counter() - began
+            return out
+
+        return run
+
+    places: list[tuple[Any, str, str]] = [
+        (PackedLayer, "update", "all"),
+        (handle, "_attention", "all"),
+        (ops, "_attend_op", "operators"),
+        (ops, "_encode_pages_op", "operators"),
+    ]
+    feed = forward(model, torch.tensor([token]), held, keep=1)[-1].argmax(-1, keepdim=True)
+    stock = [(where, name, getattr(where, name)) for where, name, _ in places]
+    try:
+        for where, name, kind in places:
+            setattr(where, name, timed(kind, getattr(where, name)))
+        for _ in range(tokens):
+            feed = forward(model, feed, held, keep=1)[-1].argmax(-1, keepdim=True)
+    finally:
+        for where, name, original in stock:
+            setattr(where, name, original)
+    return (spent["all"] - spent["operators"]) / tokens / len(held.packed_layers) * 1e6
+
+
+def random_context(model: Any, length: int) -> Any:
+    """A stock cache of random keys and values: those of random weights mean as much."""
+    config, cache = model.config, dense_cache(model.config)
+    size = (1, config.num_key_value_heads, length, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(size).to(model.dtype) for _ in range(2)), layer)
+    return cache
+
+
+def line(row: DecodeSpeed, attention: float, cat: float, python: float | None) -> str:
     """One row of the table."""
     rate, ratio = row.tokens_per_second, row.ratio
     return (
         f"| {row.label} | {row.cache_bytes / 1e6:.1f} | {row.compression:.2f}x | {rate.median:.1f} "
-        f"| {ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] | {attention:.0%} | {cat:.0%} |"
+        f"| {ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] | {attention:.0%} | {cat:.0%} "
+        f"| {'-' if python is None else f'{python:.0f}'} |"
     )
 
 
@@ -75,22 +132,33 @@ def main() -> None:
     add("--tokens", type=int, default=4, help="tokens of a round")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    loaded = load_model(options.model, dtype=options.dtype)
+    if options.model == RANDOM:
+        loaded = random_model(options.dtype, layers=2, **RANDOM_SIZES)
+    else:
+        loaded = load_model(options.model, dtype=options.dtype)
     names = [] if options.peers == "none" else options.peers.split(",")
     peers = available([peer(name) for name in names], print)
     caches: list[CacheSpec | Peer] = [*(CacheSpec.of(name) for name in options.codecs.split(",")), *peers]
     how = f"threads: {options.threads}, ISA {isa.active()}, {options.rounds} rounds of {options.tokens} tokens"
     print(f"{loaded.label}, {how}\n")
     for length in (int(x) for x in options.contexts.split(",")):
-        ids = cut_windows(load_text(options.text), loaded.tokenizer, length + 1, 1).ids[0]
-        context, token = prefill(loaded.model, ids), int(ids[-1])
+        if loaded.random:
+            context, token = random_context(loaded.model, length), 1
+        else:
+            ids = cut_windows(load_text(options.text), loaded.tokenizer, length + 1, 1).ids[0]
+            context, token = prefill(loaded.model, ids), int(ids[-1])
         rows = decode_speed(
             loaded.model, context, caches, token, rounds=options.rounds, tokens_per_round=options.tokens
         )
         print(f"**{length} tokens**\n")
-        print("| cache | MB | smaller | tokens/s | x DynamicCache | attention | cat |\n|---|---|---|---|---|---|---|")
+        print("| cache | MB | smaller | tokens/s | x DynamicCache | attention | cat | Python us |")
+        print("|---|---|---|---|---|---|---|---|")
         for row, cache in zip(rows, [None, *caches], strict=True):
-            print(line(row, *shares(loaded.model, context, cache, token, options.tokens)), flush=True)
+            attention, cat = shares(loaded.model, context, cache, token, options.tokens)
+            python = None
+            if isinstance(cache, CacheSpec):
+                python = python_microseconds(loaded.model, context, cache, token, options.tokens)
+            print(line(row, attention, cat, python), flush=True)
         print()
 
 

@@ -28,7 +28,7 @@ from kvpack.eval.texts import cut_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = ("kvpack::attend", "kvpack::attend_counting")
-ROUNDS, ROUND_TOKENS = 6, 4
+ROUNDS, ROUND_TOKENS = 4, 4
 
 
 @dataclass
@@ -94,9 +94,9 @@ def main() -> None:
     add("--text", default="wikitext-2")
     add("--codec", default="tq4", help="CODEC or KEY/VALUE")
     add("--contexts", default="4096,8000")
-    add("--shares", default="1e-4,2.5e-4,1e-3,1e-2", help="values of sparse_values")
-    add("--windows", type=int, default=6)
-    add("--tokens", type=int, default=128, help="scored per window")
+    add("--shares", default="2.5e-4,1e-3,1e-2", help="values of sparse_values")
+    add("--windows", type=int, default=5)
+    add("--tokens", type=int, default=64, help="scored per window")
     add("--threads", type=int, default=1)
     add("--doc", default=str(ROOT / "docs/sparse.md"), help="written between its markers; empty for none")
     options = parser.parse_args()

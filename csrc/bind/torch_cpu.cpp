@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -72,9 +74,12 @@ Strided strided(const Tensor& t, Dtype dtype) {
   return {static_cast<const uint8_t*>(t.data_ptr()), t.stride(0) * size, t.stride(1) * size, t.stride(2) * size};
 }
 
-void expect(const Tensor& t, const std::vector<int64_t>& shape, ScalarType type, const char* what) {
+void expect(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType type, const char* what) {
   bool same = t.dim() == static_cast<int64_t>(shape.size()) && t.scalar_type() == type;
-  for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || t.size(static_cast<int64_t>(i)) == shape[i];
+  for (size_t i = 0; same && i < shape.size(); ++i) {
+    const int64_t wanted = shape.begin()[i];
+    same = wanted < 0 || t.size(static_cast<int64_t>(i)) == wanted;
+  }
   if (same) return;
   std::string wanted;
   for (const int64_t n : shape)
@@ -179,6 +184,36 @@ void encode_pages_op(Tensor table, const Tensor& keys_in, const Tensor& values_i
                torch_for);
 }
 
+// Copies tokens into a buffer of one side.
+void append_side(const Tensor& buffer, const Tensor& tokens_in, int64_t begin, const char* what) {
+  if (buffer.dim() != 4 || tokens_in.dim() != 4)
+    fail(std::string("append: ") + what + " " + shape_of(tokens_in) + " and their buffer " + shape_of(buffer) +
+         " are [batch, kv_heads, tokens, head_dim]");
+  const int64_t n = tokens_in.size(2);
+  expect(tokens_in, {buffer.size(0), buffer.size(1), n, buffer.size(3)}, buffer.scalar_type(), what);
+  if (begin < 0 || begin + n > buffer.size(2))
+    fail("append: tokens " + std::to_string(begin) + ".." + std::to_string(begin + n - 1) + " of " + what +
+         " do not lie in the buffer; allowed: 0.." + std::to_string(buffer.size(2) - 1));
+  if (buffer.size(3) > 1 && buffer.stride(3) != 1) fail("append: a buffer's last dimension must be contiguous");
+  const Dtype dtype = dtype_of(buffer.scalar_type(), "append");
+  const Tensor tokens = rows_tensor(tokens_in);
+  const Strided from = strided(tokens, dtype), to = strided(buffer, dtype);
+  const auto bytes = static_cast<size_t>(buffer.size(3) * dtype_bytes(dtype));
+  auto* base = static_cast<uint8_t*>(buffer.mutable_data_ptr());
+  for (int64_t b = 0; b < buffer.size(0); ++b)
+    for (int64_t h = 0; h < buffer.size(1); ++h)
+      for (int64_t t = 0; t < n; ++t)
+        std::memcpy(base + b * to.batch + h * to.head + (begin + t) * to.token,
+                    from.data + b * from.batch + h * from.head + t * from.token, bytes);
+}
+
+void append(Tensor key_buffer, Tensor value_buffer, const Tensor& keys, const Tensor& values, int64_t begin) {
+  if (keys.dim() == 4 && values.dim() == 4 && keys.size(2) != values.size(2))
+    fail("append: keys have " + std::to_string(keys.size(2)) + " tokens, values " + std::to_string(values.size(2)));
+  append_side(key_buffer, keys, begin, "keys");
+  append_side(value_buffer, values, begin, "values");
+}
+
 Tensor decode_pages_op(const Tensor& table, const Tensor& counts, int64_t side, std::vector<int64_t> layout_list,
                        ScalarType type) {
   const PageLayout layout = layout_from(layout_list);
@@ -225,16 +260,21 @@ Mask mask_of(const std::optional<Tensor>& mask, const AttendParams& p) {
 struct Exact {
   std::optional<Tensor> keys, values;
   int64_t tokens = 0;
+  // count: those that there are, where the tensors have room for more; -1: all.
   Exact(const std::optional<Tensor>& k, const std::optional<Tensor>& v, int64_t batch, const PageLayout& layout,
-        ScalarType type, const char* what) {
+        ScalarType type, const char* what, int64_t count = -1) {
+    const int64_t room = k.has_value() && k->dim() == 4 ? k->size(2) : 0;
+    if (count < -1 || count > room)
+      fail(std::string("attend: exact is ") + std::to_string(count) + "; allowed: -1 (all), 0 to " +
+           std::to_string(room) + ", the tokens of keys and values");
     if (k.has_value() != v.has_value()) fail(std::string("attend: ") + what + " need both keys and values");
     if (!k.has_value()) return;
     if (k->dim() != 4)
       fail(std::string("attend: ") + what + " keys are " + shape_of(*k) +
            "; expected [batch, kv_heads, tokens, head_dim]");
-    tokens = k->size(2);
-    expect(*k, {batch, layout.kv_heads, tokens, layout.key_dim}, type, what);
-    expect(*v, {batch, layout.kv_heads, tokens, layout.value_dim}, type, what);
+    tokens = count < 0 ? room : count;
+    expect(*k, {batch, layout.kv_heads, room, layout.key_dim}, type, what);
+    expect(*v, {batch, layout.kv_heads, room, layout.value_dim}, type, what);
     keys = rows_tensor(*k);
     values = rows_tensor(*v);
   }
@@ -246,7 +286,7 @@ struct Exact {
       const std::optional<Tensor>&sink_values, const std::optional<Tensor>&keys, const std::optional<Tensor>&values, \
       const std::optional<Tensor>&rows, const std::optional<Tensor>&mask, const std::optional<Tensor>&sink_logits,   \
       std::vector<int64_t> layout_list, double scale, double softcap, bool causal, int64_t precision,                \
-      double sparse_values
+      double sparse_values, int64_t exact_tokens
 
 Tensor attend_into(KVPACK_ATTEND_ARGUMENTS, std::optional<Tensor> out_in, std::atomic<int64_t>* unread) {
   const PageLayout layout = layout_from(layout_list);
@@ -264,7 +304,7 @@ Tensor attend_into(KVPACK_ATTEND_ARGUMENTS, std::optional<Tensor> out_in, std::a
   AttendParams p{};
   p.dtype = dtype_of(type, "attend: query");
   const Exact sinks(sink_keys, sink_values, pages.batch, layout, type, "sinks");
-  const Exact exact(keys, values, pages.batch, layout, type, "exact tokens");
+  const Exact exact(keys, values, pages.batch, layout, type, "exact tokens", exact_tokens);
   p.batch = pages.batch;
   p.query_heads = query.size(1);
   p.query_tokens = query.size(2);
@@ -306,12 +346,13 @@ Tensor attend_into(KVPACK_ATTEND_ARGUMENTS, std::optional<Tensor> out_in, std::a
   p.precision = static_cast<Precision>(precision);
   p.sparse_values = static_cast<float>(sparse_values);
   p.unread = unread;
-  const std::vector<int64_t> shape{p.batch, p.query_heads, p.query_tokens, p.value_dim};
   if (out_in.has_value()) {
-    expect(*out_in, shape, type, "attend: out");
+    expect(*out_in, {p.batch, p.query_heads, p.query_tokens, p.value_dim}, type, "attend: out");
     if (!out_in->is_contiguous()) fail("attend: out must be contiguous");
   }
-  Tensor out = out_in.has_value() ? *out_in : torch::stable::new_empty(query, shape, type);
+  Tensor out = out_in.has_value()
+                   ? *out_in
+                   : torch::stable::new_empty(query, {p.batch, p.query_heads, p.query_tokens, p.value_dim}, type);
   p.out = static_cast<uint8_t*>(out.mutable_data_ptr());
   if (out.numel() == 0) return out;
   Tensor workspace = torch::stable::new_empty(query, {static_cast<int64_t>(attend_workspace(p))}, ScalarType::Byte);
@@ -321,14 +362,15 @@ Tensor attend_into(KVPACK_ATTEND_ARGUMENTS, std::optional<Tensor> out_in, std::a
 
 Tensor attend_op(KVPACK_ATTEND_ARGUMENTS) {
   return attend_into(query_in, table, counts, sink_keys, sink_values, keys, values, rows, mask, sink_logits,
-                     std::move(layout_list), scale, softcap, causal, precision, sparse_values, {}, nullptr);
+                     std::move(layout_list), scale, softcap, causal, precision, sparse_values, exact_tokens, {},
+                     nullptr);
 }
 
 void attend_counting(KVPACK_ATTEND_ARGUMENTS, Tensor out, Tensor unread) {
   expect(unread, {2}, ScalarType::Long, "attend_counting: unread");
   static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t) && std::atomic<int64_t>::is_always_lock_free);
   attend_into(query_in, table, counts, sink_keys, sink_values, keys, values, rows, mask, sink_logits,
-              std::move(layout_list), scale, softcap, causal, precision, sparse_values, out,
+              std::move(layout_list), scale, softcap, causal, precision, sparse_values, exact_tokens, out,
               static_cast<std::atomic<int64_t>*>(unread.mutable_data_ptr()));
 }
 
@@ -350,6 +392,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvpack, CPU, m) {
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("encode_pages", TORCH_BOX(&encode_pages_op));
   m.impl("decode_pages", TORCH_BOX(&decode_pages_op));
+  m.impl("append", TORCH_BOX(&append));
   m.impl("attend", TORCH_BOX(&attend_op));
   m.impl("attend_counting", TORCH_BOX(&attend_counting));
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvpack import ops, reference, spec
-from kvpack.ops import _attend, _decode, _decode_pages, _encode, _encode_pages, _rotate
+from kvpack.ops import _append, _attend, _decode, _decode_pages, _encode, _encode_pages, _rotate
 
 SIDES = ("key", "value")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -35,6 +35,7 @@ class Implementation:
     decode_pages: Callable[..., Tensor]
     attend: Callable[..., Tensor]
     attend_counting: Callable[..., None]
+    append: Callable[..., None]
 
 
 DEFAULT = Implementation(
@@ -46,6 +47,7 @@ DEFAULT = Implementation(
     _decode_pages.default,
     _attend.default,
     _attend.counting_default,
+    _append.default,
 )
 NATIVE = Implementation(
     "native",
@@ -56,6 +58,7 @@ NATIVE = Implementation(
     _decode_pages.OP,
     _attend.OP,
     _attend.COUNTING_OP,
+    _append.OP,
 )
 
 

@@ -210,3 +210,14 @@ def _seconds(function: Any, arguments: list[Any], repeats: int) -> float:
     for _ in range(repeats):
         function(*arguments)
     return time.perf_counter() - start
+
+
+def test_keys_and_values_may_have_room_for_more(impl: Implementation) -> None:
+    case = Case(make_cache(), sinks=4, exact=9)
+    case.exact = tuple(x.contiguous() for x in case.exact or ())  # type: ignore[assignment]
+    arguments = case.arguments()
+    for exact in (0, 5, 9):
+        fewer = [*arguments[:5], *(x[:, :, :exact] for x in arguments[5:7]), *arguments[7:]]
+        got = impl.attend(*arguments, 0.0, exact)
+        assert torch.equal(got, impl.attend(*fewer))
+    assert torch.equal(got, impl.attend(*arguments))

@@ -83,9 +83,17 @@ def test_opcheck_attend(options: dict[str, Any]) -> None:
     case.options["rows"] = rows(*[(2, 1)] * batch)
     case.options["mask"] = torch.ones(1, 1, 3, case.positions, dtype=torch.bool)
     case.options["sink_logits"] = torch.ones(4)
-    opcheck(OPS.attend.default, (*case.arguments(), 1e-3))
+    opcheck(OPS.attend.default, (*case.arguments(), 1e-3, 9))
     out = torch.empty((*case.query.shape[:3], cache.layout[3]), dtype=case.query.dtype)
-    opcheck(OPS.attend_counting.default, (*case.arguments(), 1e-3, out, torch.zeros(2, dtype=torch.int64)))
+    opcheck(OPS.attend_counting.default, (*case.arguments(), 1e-3, -1, out, torch.zeros(2, dtype=torch.int64)))
+
+
+def test_opcheck_append() -> None:
+    buffers, new = (
+        (torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 80)),
+        (torch.randn(1, 2, 2, 64), torch.randn(1, 2, 2, 80)),
+    )
+    opcheck(OPS.append.default, (*buffers, *new, 3))
 
 
 def test_fakes_give_the_shapes_and_strides_of_the_operators() -> None:

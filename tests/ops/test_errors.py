@@ -158,6 +158,12 @@ ATTEND_VALUES = {
 }
 
 
+@pytest.mark.parametrize("exact", [-2, 10])
+def test_attend_refuses_more_exact_tokens_than_there_are(impl: Implementation, exact: int) -> None:
+    with refuses(impl, str(exact)):
+        impl.attend(*attend_case().arguments(), 0.0, exact)
+
+
 def attend_case() -> Case:
     cache = make_cache(key_dim=128, value_dim=64, batch=2, heads=2)
     case = Case(cache, sinks=4, exact=9, queries=3)
@@ -197,7 +203,8 @@ COUNTING: dict[str, tuple[Callable[[Tensor, Tensor], tuple[float, Tensor, Tensor
 def test_attend_counting(impl: Implementation, what: str) -> None:
     change, named = COUNTING[what]
     case = attend_case()
-    more = change(torch.zeros(2, 4, 3, 64), torch.zeros(2, dtype=torch.int64))
+    share, *written = change(torch.zeros(2, 4, 3, 64), torch.zeros(2, dtype=torch.int64))
+    more = (share, -1, *written)
     with refuses(impl, named):
         impl.attend_counting(*case.arguments(), *more)
     with FakeTensorMode() as mode, pytest.raises(ValueError, match=named):
@@ -263,3 +270,27 @@ def test_decode_pages(impl: Implementation) -> None:
     ):
         with refuses(impl, named):
             impl.decode_pages(*arguments)
+
+
+def test_append(impl: Implementation) -> None:
+    keys, values = torch.randn(2, 3, 10, 64), torch.randn(2, 3, 10, 80)
+    want = keys.clone(), values.clone()
+    new = torch.randn(2, 2, 3, 64).transpose(1, 2), torch.randn(2, 3, 80, 2).transpose(2, 3)  # any strides
+    impl.append(keys, values, *new, 7)
+    for got, before, tokens in zip((keys, values), want, new, strict=True):
+        assert torch.equal(got[:, :, 7:9], tokens)
+        assert torch.equal(got[:, :, :7], before[:, :, :7])
+        assert torch.equal(got[:, :, 9:], before[:, :, 9:])
+    impl.append(keys, values, new[0][:, :, :0], new[1][:, :, :0], 10)
+    for arguments, named in (
+        ((keys, values, *new, 9), "9..10"),
+        ((keys, values, *new, -1), "-1"),
+        ((keys, values, new[0].half(), new[1], 0), "float16"),
+        ((keys, values, new[0][:1], new[1], 0), r"\[1, "),
+        ((keys, values, new[0], new[1][..., :64], 0), "64"),
+        ((keys, values, new[0][:, :, :1], new[1], 0), "1 and 2"),
+        ((keys[0], values, *new, 0), "3"),
+        ((keys, values, new[0], new[1][0], 0), "3"),
+    ):
+        with refuses(impl, named):
+            impl.append(*arguments)

@@ -13,7 +13,7 @@ import torch
 from kvpack import ops
 from kvpack.ops import _library
 
-NAMES = ("encode", "decode", "rotate", "encode_pages", "decode_pages", "attend", "attend_counting")
+NAMES = ("encode", "decode", "rotate", "encode_pages", "decode_pages", "append", "attend", "attend_counting")
 
 
 def test_native_is_what_the_dispatcher_has() -> None:
@@ -27,7 +27,7 @@ def test_native_is_what_the_dispatcher_has() -> None:
 def test_operators_that_mutate_return_nothing() -> None:
     for name in NAMES:
         schema = getattr(torch.ops.kvpack, name).default._schema
-        assert schema.is_mutable == (name in ("encode_pages", "attend_counting"))
+        assert schema.is_mutable == (name in ("encode_pages", "append", "attend_counting"))
         assert bool(schema.returns) != schema.is_mutable
 
 

@@ -30,7 +30,11 @@ COLD_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class BenchShape:
-    """context: packed tokens, rounded up to whole pages; dtype: of torch's keys and values, and of the query."""
+    """context: packed tokens, rounded up to whole pages; dtype: of torch's keys and values, and of the query.
+
+    queries: query tokens, the newest of the sequence. One stands for a decode step; several bring their own keys and
+    values, and a boolean mask, causal among them, as a chunk of a prompt or a draft to be verified does.
+    """
 
     context: int = 4096
     kv_heads: int = 8
@@ -38,6 +42,7 @@ class BenchShape:
     head_dim: int = 128
     batch: int = 1
     dtype: str = "bfloat16"
+    queries: int = 1
 
     @property
     def tokens(self) -> int:
@@ -70,6 +75,7 @@ class BenchRow:
     head_dim: int
     batch: int
     dtype: str
+    queries: int
     threads: int
     rounds: int
     microseconds: Spread
@@ -95,14 +101,21 @@ def aligned_page(size: int) -> Tensor:
     return raw[start : start + size]
 
 
-def _random(shape: BenchShape, seed: int) -> tuple[Tensor, Tensor]:
+def _random(shape: BenchShape, seed: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    size = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
+    size = (shape.batch, shape.kv_heads, shape.tokens if tokens is None else tokens, shape.head_dim)
     dtype = torch_dtype(shape.dtype)
     return (
         torch.randn(size, generator=generator).to(dtype),
         torch.randn(size, generator=generator).to(dtype),
     )
+
+
+def _mask(shape: BenchShape) -> Tensor | None:
+    """What the query tokens may see of the history and of themselves, bool [1, 1, queries, tokens + queries]."""
+    if shape.queries == 1:
+        return None
+    return torch.ones(shape.queries, shape.tokens + shape.queries, dtype=torch.bool).tril(shape.tokens)[None, None]
 
 
 def codec_codes(codec: str, dtype: str) -> tuple[int, int]:
@@ -118,6 +131,8 @@ def codec_codes(codec: str, dtype: str) -> tuple[int, int]:
 
 def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, precision: int) -> _Contender:
     from kvpack import ops
+
+    own_keys, own_values, mask = *_random(shape, 1, shape.queries), _mask(shape)
 
     key, value = codec_codes(codec, shape.dtype)
     layout = ops.layout(key, shape.head_dim, value, shape.head_dim, shape.kv_heads)
@@ -144,10 +159,10 @@ def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: 
                 counts,
                 None,
                 None,
-                keys[:, :, :1],
-                values[:, :, :1],
+                own_keys,
+                own_values,
                 None,
-                None,
+                mask,
                 None,
                 layout,
                 scale,
@@ -164,17 +179,26 @@ def _stock(name: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Te
     They can differ by a factor of 20.
     """
     calls: list[Callable[[], Any]] = []
-    rows = query.view(shape.batch, shape.kv_heads, shape.group, shape.head_dim)
-    scale = shape.head_dim**-0.5
+    rows = query.view(shape.batch, shape.kv_heads, shape.group * shape.queries, shape.head_dim)
+    scale, mask = shape.head_dim**-0.5, _mask(shape)
+    row_mask = None if mask is None else mask.repeat(1, 1, shape.group, 1)
+    bias = (
+        None if row_mask is None else torch.zeros(row_mask.shape, dtype=query.dtype).masked_fill(~row_mask, -torch.inf)
+    )
+    if shape.queries > 1:
+        own = _random(shape, 1, shape.queries)
+        keys, values = torch.cat((keys, own[0]), dim=2), torch.cat((values, own[1]), dim=2)
     for _ in range(shape.copies(shape.dense_bytes)):
         k, v = keys.clone(), values.clone()
 
         def call(k: Tensor = k, v: Tensor = v) -> Tensor:
             if name == TORCH:
-                return torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=shape.group > 1)
+                gqa = shape.group > 1
+                return torch.nn.functional.scaled_dot_product_attention(query, k, v, attn_mask=mask, enable_gqa=gqa)
             if name == GROUPED:
-                return torch.nn.functional.scaled_dot_product_attention(rows, k, v)
-            return torch.softmax(rows @ k.transpose(-1, -2) * scale, dim=-1) @ v
+                return torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=row_mask)
+            scores = rows @ k.transpose(-1, -2) * scale
+            return torch.softmax(scores if bias is None else scores + bias, dim=-1) @ v
 
         calls.append(call)
     return _Contender(name, calls, shape.dense_bytes)
@@ -209,6 +233,7 @@ def _rows_of(
             head_dim=shape.head_dim,
             batch=shape.batch,
             dtype=shape.dtype,
+            queries=shape.queries,
             threads=torch.get_num_threads(),
             rounds=len(mine),
             microseconds=Spread.of([t * 1e6 for t in mine]),
@@ -228,11 +253,11 @@ def bench_attend(
     precision: int = 0,
     progress: Progress = no_progress,
 ) -> list[BenchRow]:
-    """One decode step of one layer: torch's attention first, in every way that differs, then `attend` over each codec
-    ("tq4", "tq4/tq3").
+    """One step of one layer: torch's attention first, in every way that differs, then `attend` over each codec ("tq4",
+    "tq4/tq3").
     """
     keys, values = _random(shape, 0)
-    query = torch.randn(shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim).to(keys.dtype)
+    query = torch.randn(shape.batch, shape.kv_heads * shape.group, shape.queries, shape.head_dim).to(keys.dtype)
     stock = (TORCH, GROUPED, MATMUL) if shape.group > 1 else (TORCH, MATMUL)
     contenders = [_stock(name, shape, query, keys, values) for name in stock]
     for i, codec in enumerate(codecs):

@@ -26,12 +26,15 @@ class Call:
     layer's epoch, and an older snapshot then refuses to answer.
 
     exact: keys and values [B, Hkv, E, d] of the window (before the call) and of the call's own tokens. With
-    `whole`, they are all there is: the very tensors that the stock cache would return.
+    `whole`, they are all there is: the very tensors that the stock cache would return. `buffers` begin with them, and
+    may have room for more.
     """
 
     __slots__ = (
+        "_exact",
+        "buffers",
+        "count",
         "epoch",
-        "exact",
         "fresh",
         "layer",
         "length",
@@ -44,12 +47,21 @@ class Call:
     )
 
     def __init__(
-        self, layer: PackedLayer, exact: tuple[Tensor, Tensor], tiles: int | None = None, packed: int = 0
+        self,
+        layer: PackedLayer,
+        buffers: tuple[Tensor, Tensor],
+        tiles: int | None = None,
+        packed: int = 0,
+        count: int | None = None,
     ) -> None:
-        """tiles, packed: tiles of the table to read and their tokens; None: there is nothing but `exact`."""
+        """tiles, packed: tiles of the table to read and their tokens; None: there is nothing but the exact tokens.
+        count: of exact tokens, with which `buffers` begin; None: all of them.
+        """
         self.layer = layer
         self.epoch = layer.epoch
-        self.exact = exact
+        self.buffers = buffers
+        self.count = buffers[KEY].shape[2] if count is None else count
+        self._exact: tuple[Tensor, Tensor] | None = buffers if count is None else None
         self.whole = tiles is None
         self.tiles = 0 if tiles is None else tiles
         self.packed = packed
@@ -71,6 +83,14 @@ class Call:
                 f"keys and values of layer {self.layer.index} were used after the cache was cropped, "
                 "reordered, selected, repeated or reset; take them from a new update() instead"
             )
+
+    @property
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, E, d]."""
+        if self._exact is None:
+            keys, values = self.buffers
+            self._exact = (keys[:, :, : self.count], values[:, :, : self.count])
+        return self._exact
 
     def dense(self, side: int) -> Tensor:
         """Keys (0) or values (1) as the stock cache would return them, [B, Hkv, S, d], decoded."""
@@ -118,9 +138,9 @@ class Call:
             return "dropout"
         if torch.is_grad_enabled() and (query.requires_grad or (mask is not None and mask.requires_grad)):
             return "gradients"
-        if query.dtype not in _FUSED_DTYPES or query.dtype != self.exact[KEY].dtype:
+        if query.dtype not in _FUSED_DTYPES or query.dtype != self.buffers[KEY].dtype:
             return f"query of {query.dtype}"
-        if query.dim() != 4 or query.shape[0] != self.exact[KEY].shape[0]:
+        if query.dim() != 4 or query.shape[0] != self.buffers[KEY].shape[0]:
             return "query of another batch size"
         return None
 
@@ -146,10 +166,10 @@ class Call:
             if mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1):
                 mask = mask.expand(-1, heads, count, -1).reshape(mask.shape[0], heads * count, 1, -1)
         sink_keys, sink_values = (None, None) if self.sinks is None else self.sinks
-        keys, values = self.exact if self.exact[KEY].shape[2] else (None, None)
         addresses, counts = self._tables()
         scale = dim**-0.5 if scale is None else scale
         if torch.compiler.is_compiling():
+            keys, values = self.exact if self.count else (None, None)
             out: Tensor = page_ops.attend_tiles(
                 query,
                 addresses,
@@ -174,8 +194,7 @@ class Call:
                 layer.table.first(self.tiles),
                 sink_keys,
                 sink_values,
-                keys,
-                values,
+                *self.buffers,
                 self.rows,
                 mask,
                 None,
@@ -184,6 +203,7 @@ class Call:
                 precision=layer.precision,
                 sparse_values=layer.sparse_values,
                 unread=layer.unread,
+                exact=self.count,
             )
         return out.reshape(batch, heads, count, -1) if fold else out
 

@@ -43,12 +43,12 @@ class Handle:
     layout = torch.strided
 
     def __init__(self, call: Call, side: int, shape: torch.Size, stage: str = _PLAIN, n_rep: int = 1) -> None:
-        exact = call.exact[side]
+        tokens = call.buffers[side]
         self.call = call
         self.side = side
         self.shape = shape
-        self.dtype = exact.dtype
-        self.device = exact.device
+        self.dtype = tokens.dtype
+        self.device = tokens.device
         self.stage = stage
         self.n_rep = n_rep
         self._dense: Tensor | None = None

@@ -117,7 +117,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
             call = self._update_pending(own, count, tracked)
         else:
             tiles, packed = self.table.tiles, self.table.tokens
-            call = Call(self, self.append(own, count), tiles, packed)
+            exact, number = self.append(own, count)
+            call = Call(self, exact, tiles, packed, number)
         first = call.length == count
         if self.fused and not tracked:
             return (key_states, value_states) if first and self.batch == 1 else self._handles(call)
@@ -180,8 +181,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
             return Call(self, self.pending)
         assert self.window is not None
         n = self.window_count
-        exact = (self.window[KEY][:, :, :n], self.window[VALUE][:, :, :n])
-        call = Call(self, exact, self.table.tiles, self.table.tokens)
+        call = Call(self, self.window, self.table.tiles, self.table.tokens, n)
         call.fresh = 0  # this one reads all that is packed
         return call
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpack import ops
 from kvpack.ops import TILE
 from kvpack.spec import CodecSpec
 
@@ -26,6 +27,7 @@ from .pages import PageTable, normal_mode
 from .stats import Counters
 
 KEY, VALUE = 0, 1
+_COPIED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that `ops.append` takes
 Pair = tuple[Tensor, Tensor]
 
 
@@ -91,8 +93,9 @@ class Store:
 
     # Appending.
 
-    def append(self, own: Pair, count: int) -> Pair:
-        """Add `count` tokens; returns the exact ones, window and own, as they stand before packing.
+    def append(self, own: Pair, count: int) -> tuple[Pair, int]:
+        """Add `count` tokens; returns the exact ones, window and own, as they stand before packing: tensors that begin
+        with them, and their number.
 
         After an error the store is as it was.
         """
@@ -110,20 +113,23 @@ class Store:
         end = begin + fresh
         keys, values = self.window
         if end <= self.window_size + TILE:
-            keys.narrow(2, begin, fresh).copy_(own[KEY])
-            values.narrow(2, begin, fresh).copy_(own[VALUE])
-            exact = (keys[:, :, :end], values[:, :, :end])
+            if torch.compiler.is_compiling() or self.dtype not in _COPIED:
+                keys.narrow(2, begin, fresh).copy_(own[KEY])
+                values.narrow(2, begin, fresh).copy_(own[VALUE])
+            else:
+                ops.append(keys, values, own[KEY], own[VALUE], begin)
+            exact = (keys, values)
         else:
             exact = (
                 torch.cat((keys[:, :, :begin], own[KEY]), dim=2),
                 torch.cat((values[:, :, :begin], own[VALUE]), dim=2),
             )
-        self.fresh = 0
+        self.fresh, left = 0, end
         if end >= self.window_size + TILE:
-            end = self._pack(exact, end)
-        self.window_count, self.sink_count = end, sink_count
+            left = self._pack(exact, end)
+        self.window_count, self.sink_count = left, sink_count
         self.length += count
-        return exact
+        return exact, end
 
     def append_pending(self, own: Pair, count: int) -> Pair:
         """Add `count` tokens to the pending ones; returns all of them."""

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _attend, _decode, _decode_pages, _encode, _encode_pages, _library, _rotate, _tables
+from . import _append, _attend, _decode, _decode_pages, _encode, _encode_pages, _library, _rotate, _tables
 from ._tables import PAGE_TILES, TILE
 
 __all__ = [
     "PAGE_TILES",
     "TILE",
+    "append",
     "attend",
     "decode",
     "decode_pages",
@@ -38,7 +39,8 @@ __all__ = [
 native: bool = _library.load_native()
 """Whether the compiled operators serve the CPU."""
 
-# Bound once, because attend is called for every layer and token.
+# Bound once, because attend and append are called for every layer and token.
+_append_op = _append.OP
 _attend_op = _attend.OP
 _attend_counting_op = _attend.COUNTING_OP
 _encode_op = _encode.OP
@@ -134,6 +136,20 @@ def rotate(x: Tensor, inverse: bool = False) -> Tensor:
     return out
 
 
+def append(key_buffer: Tensor, value_buffer: Tensor, keys: Tensor, values: Tensor, begin: int) -> None:
+    """Copy tokens into buffers, from token ``begin`` on: what two slices and two copies do, at the price of one call.
+
+    Args:
+        key_buffer, value_buffer: [B, kv_heads, room, dk or dv], written to.
+        keys, values: [B, kv_heads, tokens, dk or dv], of the same dtype; any strides.
+        begin: the first token that is written.
+
+    Raises:
+        ValueError: for shapes and dtypes that do not fit, and tokens that do not lie in the buffers.
+    """
+    _append_op(key_buffer, value_buffer, keys, values, begin)
+
+
 def encode_pages(table: Tensor, keys: Tensor, values: Tensor, first_tile: int, layout: Sequence[int]) -> None:
     """Encode whole tiles of keys and values into pages, from tile ``first_tile`` on.
 
@@ -189,6 +205,7 @@ def attend(
     precision: int = 0,
     sparse_values: float = 0.0,
     unread: Tensor | None = None,
+    exact: int = -1,
 ) -> Tensor:
     """Attention of queries over packed pages, sinks and exact tokens, in one softmax.
 
@@ -216,6 +233,7 @@ def attend(
             together; every tile gets the same part of it. 0 reads all that is not masked.
         unread: int64 [2] or None; adds up the tiles that groups of at most 4 query rows met, and those among them
             whose values stayed unread. The default implementation leaves it alone.
+        exact: E, where keys and values have room for more tokens; -1 is all of them.
 
     Returns:
         [B, Hq, q, dv], contiguous, dtype of the query. A row with nothing to attend to gives zeros.
@@ -237,6 +255,7 @@ def attend(
         causal,
         precision,
         sparse_values,
+        exact,
     )
     if unread is None:
         out: Tensor = _attend_op(*call)

@@ -24,8 +24,10 @@ _ARGUMENTS = (
     "Tensor? values, Tensor? rows, Tensor? mask, Tensor? sink_logits, int[] layout, float scale, "
     "float softcap, bool causal, int precision"
 )
-SCHEMA = f"attend({_ARGUMENTS}, float sparse_values=0.0) -> Tensor"
-COUNTING_SCHEMA = f"attend_counting({_ARGUMENTS}, float sparse_values, Tensor(a!) out, Tensor(b!) unread) -> ()"
+SCHEMA = f"attend({_ARGUMENTS}, float sparse_values=0.0, int exact=-1) -> Tensor"
+COUNTING_SCHEMA = (
+    f"attend_counting({_ARGUMENTS}, float sparse_values, int exact, Tensor(a!) out, Tensor(b!) unread) -> ()"
+)
 
 
 class Call(NamedTuple):
@@ -47,6 +49,7 @@ class Call(NamedTuple):
     causal: bool
     precision: int
     sparse_values: float = 0.0
+    exact: int = -1
 
 
 def _pair(name: str, keys: Tensor | None, values: Tensor | None, query: Tensor, layout: Layout) -> int:
@@ -82,6 +85,9 @@ def _check(call: Call, layout: Layout) -> tuple[int, int]:
     _pages.check_counts(call.counts, table)
     sinks = _pair("sink", call.sink_keys, call.sink_values, query, layout)
     exact = _pair("exact", call.keys, call.values, query, layout)
+    if not -1 <= call.exact <= exact:
+        raise ValueError(f"exact is {call.exact}; allowed: -1 (all), 0 to {exact}, the tokens of keys and values")
+    exact = exact if call.exact < 0 else call.exact
     if rows is not None and (rows.dtype != torch.int32 or rows.dim() != 2):
         raise ValueError(f"rows is {rows.dtype} with {rows.dim()} dims; allowed: torch.int32 [B, 2]")
     if rows is not None and (rows.shape[0] != batch or rows.shape[1] != 2):
@@ -142,6 +148,7 @@ def default(*args: Any, **kwargs: Any) -> Tensor:
 
     dense = []  # keys and values in storage order: sinks, packed, exact
     for side, sink, recent in ((KEY, call.sink_keys, call.keys), (VALUE, call.sink_values, call.values)):
+        recent = recent if recent is None else recent[:, :, :exact]
         parts = [sink, _pages.read_tiles(call.table, call.counts, side, layout), recent]
         dense.append(torch.cat([part.to(torch.float32) for part in parts if part is not None], dim=2))
 
