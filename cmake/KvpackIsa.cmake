@@ -40,6 +40,12 @@ function(kvpack_add_isa name)
       add_test(NAME isa_${name}_prefetches
         COMMAND "${CMAKE_SOURCE_DIR}/tests/cpp/prefetches.sh" "${CMAKE_OBJDUMP}" "$<TARGET_OBJECTS:isa_${name}>")
     endif()
+    if(name MATCHES "^neon")
+      string(REPLACE neon_ "" product "${name}")
+      string(REPLACE neon "" product "${product}")
+      add_test(NAME isa_${name}_instructions
+        COMMAND "${CMAKE_SOURCE_DIR}/tests/cpp/neon_instructions.sh" "${CMAKE_OBJDUMP}" "$<TARGET_OBJECTS:isa_${name}>" ${product})
+    endif()
     add_test(NAME isa_${name}_has_no_weak_symbols
       COMMAND sh -c "symbols=$('${CMAKE_NM}' -C --defined-only '$<TARGET_OBJECTS:isa_${name}>') && echo \"$symbols\" | grep -q kTable_${name} && ! echo \"$symbols\" | grep -E ' [WVu] '")
   endif()

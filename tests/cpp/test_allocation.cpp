@@ -133,6 +133,58 @@ TEST(attend_allocates_nothing) {
         }
 }
 
+TEST(a_thousand_steps_allocate_nothing) {
+  // Decoding: every step attends, every 64th packs a tile; pages are the caller's, and old ones stay as they are.
+  constexpr int64_t kSteps = 1000, kFirst = 130, d = 64, heads = 2, tiles = kFirst + kSteps / kTile + 1;
+  constexpr int64_t kPages = (tiles + kPageTiles - 1) / kPageTiles;
+  for (const int id : {5, 1}) {
+    if (check::slow() && id == 1) continue;
+    const PageLayout layout{inputs::code_of(id, id == 5 ? Rule::norm : Rule::stored), d,
+                            inputs::code_of(id, id == 5 ? Rule::norm : Rule::stored), d, heads};
+    std::vector<Bytes> pages;
+    std::vector<int64_t> addresses;
+    for (int64_t i = 0; i < kPages; ++i) {
+      pages.emplace_back(layout.page_bytes());
+      addresses.push_back(reinterpret_cast<int64_t>(pages.back().data()));
+    }
+    const PageTable table{addresses.data(), 1, kPages};
+    std::vector<float> tokens(static_cast<size_t>(heads * kFirst * kTile * d), 0.5F), query(4 * d, 0.1F), out(4 * d);
+    const std::vector<int32_t> counts(static_cast<size_t>(tiles), static_cast<int32_t>(kTile));
+    const auto rows = [&](int64_t n) {
+      return Strided{reinterpret_cast<const uint8_t*>(tokens.data()), 0, n * d * 4, d * 4};
+    };
+    encode_pages(table, layout, rows(kFirst * kTile), rows(kFirst * kTile), Dtype::f32, 0, kFirst, serial_for);
+    AttendParams p{};
+    p.batch = p.query_tokens = 1;
+    p.query_heads = 4;
+    p.kv_heads = heads;
+    p.key_dim = p.value_dim = d;
+    p.key_codec = layout.key_codec;
+    p.value_codec = layout.value_codec;
+    p.query = {reinterpret_cast<const uint8_t*>(query.data()), 4 * d * 4, d * 4, d * 4};
+    p.table = addresses.data();
+    p.table_stride = kPages;
+    p.counts = counts.data();
+    p.scale = 0.125F;
+    p.out = reinterpret_cast<uint8_t*>(out.data());
+    p.tiles = tiles;
+    Bytes workspace(attend_workspace(p));
+    const int64_t stride = check::slow() ? 16 : 1;  // of the steps that run
+    CHECK_EQ(allocations_of([&] {
+               p.tiles = kFirst;
+               for (int64_t step = 0; step < kSteps; step += stride) {
+                 if (step % kTile == 0 && step > 0) {
+                   encode_pages(table, layout, rows(kTile), rows(kTile), Dtype::f32, p.tiles, 1, serial_for);
+                   ++p.tiles;
+                 }
+                 attend(p, workspace.data(), serial_for);
+               }
+             }),
+             0);
+    CHECK_EQ(p.tiles, kFirst + (kSteps - 1) / kTile);
+  }
+}
+
 TEST(pages_allocate_nothing_per_tile) {
   // decode_pages holds one list of starts; nothing grows with rows or heads.
   const PageLayout layout{inputs::code_of(5, Rule::norm, Dtype::f32, Center::mean), 64,
