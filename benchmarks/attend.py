@@ -5,10 +5,10 @@
     python benchmarks/attend.py --queries 2,16,128,512 --contexts 4096,16384 --threads 1 --rounds 5
 
 The last, query tokens with a mask over a packed history, goes to docs/history.md. Otherwise: decode steps of one layer,
-8 KV heads with 4 query heads each, cold: every contender walks through copies of its data that are together larger than
-the processor's caches. All contenders run interleaved in one process; printed are medians and, of ratios within a
-round, the 10th and 90th percentile. "torch best" is the fastest of torch's ways in that table. The bandwidth is that of
-torch.dot over vectors of float32 of the same total size, in the same process.
+cold: every contender walks through copies of its data that are together larger than the processor's caches. All
+contenders run interleaved in one process; printed are medians and, of ratios within a round, the 10th and 90th
+percentile. "torch best" is the fastest of torch's ways in that table. The bandwidth is that of torch.dot over vectors
+of float32 of the same total size, in the same process.
 """
 
 from __future__ import annotations
@@ -79,13 +79,21 @@ def main() -> None:
     add("--dims", default="128,64")
     add("--threads", default="1,2")
     add("--dtype", default="bfloat16", help="of torch's keys and values, of `exact` and of the query")
+    add("--kv-heads", type=int, default=8)
+    add("--group", type=int, default=4, help="query heads of a KV head")
+    add("--batch", type=int, default=1)
     add("--queries", default="1", help="numbers of query tokens; with more than one, they have a mask")
     add("--rounds", type=int, default=9)
-    add("--doc", help="written between its markers; empty for none [default: docs/speed.md, or docs/history.md]")
+    add(
+        "--doc",
+        help="written between its markers; empty: none [default: speed.md or history.md in docs; other heads: none]",
+    )
     options = parser.parse_args()
     queries = [int(x) for x in options.queries.split(",")]
     doc = options.doc
-    if doc is None:
+    if doc is None and (options.kv_heads, options.group, options.batch) != (8, 4, 1):
+        doc = ""
+    elif doc is None:
         doc = str(ROOT / ("docs/speed.md" if queries == [1] else "docs/history.md"))
     codecs = options.codecs.split(",") if options.codecs else kvpack.codecs()
     contexts, dims, threads = (
@@ -97,9 +105,12 @@ def main() -> None:
         memory = bandwidth()
         lengths = contexts if count == threads[0] else contexts[-2:]
         for dim, context, query in itertools.product(dims, lengths, queries):
-            shape = BenchShape(context, head_dim=dim, dtype=options.dtype, queries=query)
+            heads = (options.kv_heads, options.group)
+            shape = BenchShape(context, *heads, dim, options.batch, options.dtype, query)
             rows = bench_attend(codecs, shape, rounds=options.rounds)
             head = f"**{context} tokens, d = {dim}, threads: {count}**, bandwidth {memory / 1e9:.1f} GB/s"
+            if (*heads, options.batch) != (8, 4, 1):
+                head += f", {heads[0]} KV heads with {heads[1]} query heads each, batch {options.batch}"
             if query > 1:
                 head = f"**{query} query tokens over** {head}"
             parts.append(f"{head}\n\n{table(rows, memory)}")

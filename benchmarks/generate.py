@@ -8,7 +8,7 @@ Every cache decodes from the same context, round by round, in rotating order; ra
 a round, and printed with their 10th and 90th percentile. A further run of each cache under torch's profiler says where
 its time goes: in attention (for peers, taking tokens out of their cache is not in it), and in aten::cat, which is how
 dense caches grow. The last column is what `update` and the interception of attention take per layer and step, the
-operators `attend` and `encode_pages` not counted.
+operators `attend`, `append` and `encode_pages` not counted, over some more tokens.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kvpack.eval.texts import DEFAULT_TEXT, cut_windows
 from kvpack.hf import handle
 from kvpack.hf.layer import PackedLayer
 
+PYTHON_TOKENS = 32
 RANDOM_SIZES = {
     "hidden_size": 2048,
     "head_dim": 128,
@@ -83,6 +84,7 @@ def python_microseconds(model: Any, context: Any, cache: CacheSpec, token: int, 
     places: list[tuple[Any, str, str]] = [
         (PackedLayer, "update", "all"),
         (handle, "_attention", "all"),
+        (ops, "_append_op", "operators"),
         (ops, "_attend_op", "operators"),
         (ops, "_encode_pages_op", "operators"),
     ]
@@ -157,7 +159,7 @@ def main() -> None:
             attention, cat = shares(loaded.model, context, cache, token, options.tokens)
             python = None
             if isinstance(cache, CacheSpec):
-                python = python_microseconds(loaded.model, context, cache, token, options.tokens)
+                python = python_microseconds(loaded.model, context, cache, token, PYTHON_TOKENS)
             print(line(row, attention, cat, python), flush=True)
         print()
 

@@ -4,12 +4,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kvpack/attend.h"
@@ -187,8 +189,7 @@ void encode_pages_op(Tensor table, const Tensor& keys_in, const Tensor& values_i
 // Copies tokens into a buffer of one side.
 void append_side(const Tensor& buffer, const Tensor& tokens_in, int64_t begin, const char* what) {
   if (buffer.dim() != 4 || tokens_in.dim() != 4)
-    fail(std::string("append: ") + what + " " + shape_of(tokens_in) + " and their buffer " + shape_of(buffer) +
-         " are [batch, kv_heads, tokens, head_dim]");
+    fail(std::string("append: ") + what + " and their buffer are [batch, kv_heads, tokens, head_dim]");
   const int64_t n = tokens_in.size(2);
   expect(tokens_in, {buffer.size(0), buffer.size(1), n, buffer.size(3)}, buffer.scalar_type(), what);
   if (begin < 0 || begin + n > buffer.size(2))
@@ -368,6 +369,7 @@ Tensor attend_op(KVPACK_ATTEND_ARGUMENTS) {
 
 void attend_counting(KVPACK_ATTEND_ARGUMENTS, Tensor out, Tensor unread) {
   expect(unread, {2}, ScalarType::Long, "attend_counting: unread");
+  if (!unread.is_contiguous()) fail("attend_counting: unread must be contiguous");
   static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t) && std::atomic<int64_t>::is_always_lock_free);
   attend_into(query_in, table, counts, sink_keys, sink_values, keys, values, rows, mask, sink_logits,
               std::move(layout_list), scale, softcap, causal, precision, sparse_values, exact_tokens, out,

@@ -168,18 +168,23 @@ struct Item : Block {
     hide(scores, row, group, {run.start, p.counts[run.t], KeyRun::Kind::stream});
   }
 
-  // One more level of the query for rows in which a token stands out: alone, or with the group if that is less work.
-  void refine(const Run& run, int64_t row, int32_t group, uint32_t notable, float* scores) const {
-    const bool all = (notable & (notable - 1)) != 0;
-    for (int32_t g = 0; g < (all ? 1 : group); ++g) {
-      if (!all && (notable >> g & 1) == 0) continue;
-      const int32_t rows = all ? group : 1;
+  // One more level of the query for rows in which a token stands out: alone, or with the group if that is less work;
+  // the other rows of the group keep their scores, and do not depend on who their neighbours are.
+  void refine(const Run& run, int64_t row, int32_t group, uint32_t rows, float* scores) const {
+    const bool together = (rows & (rows - 1)) != 0;
+    alignas(64) float before[kMaxGroup * kTile];
+    if (together) std::memcpy(before, scores, static_cast<size_t>(group) * kTile * sizeof(float));
+    for (int32_t g = 0; g < (together ? 1 : group); ++g) {
+      if (!together && (rows >> g & 1) == 0) continue;
+      const int32_t n = together ? group : 1;
       // Means, masks and what is hidden stay as they are where another level is added; a soft cap does not.
       if (p.softcap > 0.0F)
-        score(run, row + g, rows, plan.levels + 1, scores + g * kTile);
+        score(run, row + g, n, plan.levels + 1, scores + g * kTile);
       else
-        score(run, row + g, rows, plan.levels, plan.levels + 1, true, scores + g * kTile);
+        score(run, row + g, n, plan.levels, plan.levels + 1, true, scores + g * kTile);
     }
+    for (int32_t g = 0; together && g < group; ++g)
+      if ((rows >> g & 1) == 0) std::memcpy(scores + g * kTile, before + g * kTile, kTile * sizeof(float));
   }
 
   // Outputs of a group of rows += probabilities x values of a tile.

@@ -72,19 +72,22 @@ def test_sizes_fit_the_model() -> None:
     assert QUICK.window + QUICK.sinks + 64 < QUICK.first
 
 
-def test_bench_attend_is_right_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("queries", [1, 5])
+def test_bench_attend_is_right_before_it_is_timed(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
     monkeypatch.setattr(benches, "COLD_BYTES", 1)
-    shape = benches.BenchShape(context=200, kv_heads=2, group=2, head_dim=64, dtype="float32")
+    shape = benches.BenchShape(context=200, kv_heads=2, group=2, head_dim=64, dtype="float32", queries=queries)
     assert shape.tokens == 256
     assert shape.copies(shape.dense_bytes) == 1
     keys, values = benches._random(shape, 0)
-    query = torch.randn(1, 4, 1, 64)
+    query = torch.randn(1, 4, queries, 64)
     packed = benches._packed("exact", shape, query, keys, values, 1)
-    # The packed side attends to one exact token more, the one that a step brings.
-    more = [torch.cat([x, x[:, :, :1]], dim=2) for x in (keys, values)]
+    if queries == 1:  # the packed side attends to one exact token more, the one that a step brings
+        keys, values = (
+            torch.cat(pair, dim=2) for pair in zip((keys, values), benches._random(shape, 1, 1), strict=True)
+        )
     for name in (benches.TORCH, benches.GROUPED, benches.MATMUL):
-        want = benches._stock(name, shape, query, *more).calls[0]()
-        assert torch.allclose(packed.calls[0](), want.view(1, 4, 1, 64), atol=1e-3)
+        want = benches._stock(name, shape, query, keys, values).calls[0]()
+        assert torch.allclose(packed.calls[0](), want.view(1, 4, queries, 64), atol=1e-3)
     assert packed.read == 2 * 2 * 256 * 64 * 4
 
 

@@ -174,9 +174,9 @@ def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: 
 
 
 def _stock(name: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor) -> _Contender:
-    """torch's attention: TORCH, as transformers calls it for one query token without a mask; GROUPED, the query
-    heads of a KV head as rows of one query, as it does with a mask; MATMUL, these with two products and a softmax.
-    They can differ by a factor of 20.
+    """torch's attention: TORCH, as transformers calls it for one query token without a mask, here with the shape's;
+    GROUPED, the query heads of a KV head as rows of one query, as it does with a mask; MATMUL, these with two products
+    and a softmax. They can differ by a factor of 20.
     """
     calls: list[Callable[[], Any]] = []
     rows = query.view(shape.batch, shape.kv_heads, shape.group * shape.queries, shape.head_dim)

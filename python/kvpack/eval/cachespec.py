@@ -144,6 +144,8 @@ class CacheSpec:
         out = asdict(replace(self, factory=None, policy=None))
         del out["factory"], out["policy"]
         out["value"] = self.value_codec
+        if not self.sparse_values:
+            del out["sparse_values"]  # results from before it existed stay valid
         return out if self.policy is None else {**out, "policy": self.policy.to_json()}
 
     def bits(self, head_dim: int, value_dim: int | None = None, layers: int | Iterable[int] = 1) -> float:

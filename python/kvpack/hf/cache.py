@@ -47,7 +47,8 @@ class Cache(StockCache):  # type: ignore[misc]
             where attention is not `sdpa`, whose masks the cache reads itself.
         precision: of the fused path: "default" (int8 scores) or "high".
         sparse_values: of the fused path: the values of whole tiles stay unread while the probability of all such
-            tiles together is below this share of a query's; 0 reads them all. `stats()` counts them.
+            tiles together is below this share of a query's; 0 reads them all. `stats()` counts them, but for those
+            of compiled graphs.
         encoder_decoder: this is the self-attention half of an `EncoderDecoderCache`; see
             `for_encoder_decoder`, which makes both halves.
 

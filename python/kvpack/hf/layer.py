@@ -61,6 +61,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         self.fused = fused
         self.precision = precision
         self.sparse_values = sparse_values
+        # Counts of tiles by the fused path: met, values unread.
+        self.unread = torch.zeros(2, dtype=torch.int64) if sparse_values else None
         self.query_heads = query_heads
         self.guards_prompt = guards_prompt
         self.n_rep = 1
@@ -76,12 +78,12 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         self.told_rows: int | None = None  # rows of the padding mask that the user gave
         self.heard = False  # whether the mask of the pending call was seen
         self.last_count = 0
-        # Counts of tiles by the fused path: met, values unread.
-        self.unread = torch.zeros(2, dtype=torch.int64) if self.sparse_values else None
 
     def reset(self) -> None:
         """Empty the layer; forgets padding and counters too."""
         self.counters = Counters()
+        if self.unread is not None:
+            self.unread.zero_()
         self._clear()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

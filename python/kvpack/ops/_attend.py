@@ -190,8 +190,8 @@ def _check_counting(call: Call, layout: Layout, out: Tensor, unread: Tensor) -> 
     shape = [*call.query.shape[:3], layout.head_dims[VALUE]]
     if list(out.shape) != shape or out.dtype != call.query.dtype or not out.is_contiguous():
         raise ValueError(f"out is {out.dtype} {list(out.shape)}; allowed: {call.query.dtype} {shape}, contiguous")
-    if unread.dtype != torch.int64 or list(unread.shape) != [2]:
-        raise ValueError(f"unread is {unread.dtype} {list(unread.shape)}; allowed: torch.int64 [2]")
+    if unread.dtype != torch.int64 or list(unread.shape) != [2] or not unread.is_contiguous():
+        raise ValueError(f"unread is {unread.dtype} {list(unread.shape)}; allowed: torch.int64 [2], contiguous")
 
 
 def counting_fake(*args: Any) -> None:
