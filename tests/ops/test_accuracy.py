@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not ops.native, reason="the defaults are float32
 DATA = Path(os.environ.get("KVPACK_DATA", Path(__file__).parents[3] / "shared" / "data"))
 MOMENTS = DATA / "kv_stats" / "llama-3.1-8b.second-moments.json"
 D, GROUP = 128, 4
+FULL = pytest.mark.full
 CODECS = [name for name in reference.CODECS if name != "exact"]
 # Probabilities have 7 bits on NEON, 8 elsewhere.
 NEON = isa.active().startswith("neon")
@@ -92,7 +93,7 @@ def check(found: Tensor, precision: int) -> None:
 
 
 @pytest.mark.parametrize("precision", [0, 1])
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("sigma", [pytest.param(0.3, marks=FULL), 1.0, pytest.param(2.0, marks=FULL), 4.0])
 @pytest.mark.parametrize("codec", CODECS)
 def test_gaussian(codec: str, sigma: float, precision: int) -> None:
     check(errors(codec, *gaussian(4, 2048, sigma), precision=precision), precision)
