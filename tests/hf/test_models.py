@@ -173,7 +173,7 @@ def test_the_cache_says_what_it_is() -> None:
     )
     assert "PackedLayer(1, tq4:center=tile/tq3:scale=mse,center=mean, 0 tokens, 0 packed)" in repr(cache.layers[1])
     assert len(cache) == 2
-    assert cache.is_croppable
+    assert all(layer.is_croppable for layer in cache.layers)
     assert not cache.is_compileable
     assert cache.get_max_length() == -1
     assert cache.get_mask_sizes(5, 0) == (5, 0)

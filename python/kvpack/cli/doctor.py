@@ -80,17 +80,13 @@ def layers_of(config: Any, spec: CacheSpec) -> list[dict[str, Any]]:
     """Per layer: its type, whether it is packed and with which codecs, why not, and its head sizes where the config
     tells them.
     """
-    from transformers.cache_utils import get_layer_types_and_kwargs
-
     from kvpack.eval.cachespec import full_layers
+    from kvpack.hf.compat import cache_layers
     from kvpack.policy import pair_label
 
-    text = config.get_text_config(decoder=True)
-    types, _ = get_layer_types_and_kwargs(text)
     packed = set(full_layers(config))
     out = []
-    for index, kind in enumerate(types):
-        own = text.per_layer_config[index]
+    for index, (kind, _, own) in enumerate(cache_layers(config.get_text_config(decoder=True))):
         heads = getattr(own, "num_attention_heads", None)
         head_dim = getattr(own, "head_dim", None) or (own.hidden_size // heads if heads else None)
         why = "full attention"

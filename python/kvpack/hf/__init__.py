@@ -9,6 +9,7 @@
 * pages.py: Page and PageTable, packed storage, shared copy-on-write
 * page_ops.py: packing as one step of a compiled graph
 * memory.py: what caches weigh
+* compat.py: what differs between versions of transformers
 """
 
 from .cache import Cache

@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache as StockCache
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvpack import ops, spec
 from kvpack.policy import SINKS, WINDOW, Policy
 from kvpack.spec import CodecSpec
 
 from . import checks, memory, padding
+from .compat import cache_layers
 from .layer import PackedLayer
 from .stats import LayerStats
 
@@ -87,8 +88,7 @@ class Cache(StockCache):  # type: ignore[misc]
         if isinstance(sparse_values, bool) or not 0.0 <= sparse_values < 1.0:
             raise ValueError(f"sparse_values={sparse_values!r} is not allowed: a share, 0 to below 1")
 
-        text = config.get_text_config(decoder=True)
-        types, kwargs = get_layer_types_and_kwargs(text)
+        stated = cache_layers(config.get_text_config(decoder=True))
         layers: list[Any] = []
         stock: dict[str, list[int]] = {}
         first = None
@@ -98,8 +98,8 @@ class Cache(StockCache):  # type: ignore[misc]
                 "nothing, or worse (docs/quality.md)",
                 stacklevel=2,
             )
-        policy.check(len(types))
-        for index, (kind, options, own) in enumerate(zip(types, kwargs, text.per_layer_config, strict=True)):
+        policy.check(len(stated))
+        for index, (kind, options, own) in enumerate(stated):
             why = _why_stock(kind, own)
             if why is not None:
                 stock.setdefault(why, []).append(index)
@@ -126,7 +126,7 @@ class Cache(StockCache):  # type: ignore[misc]
             )
         if first is None:
             raise ValueError(f"nothing to pack in {_model(config)}: {_listing(stock)}")
-        policy.check(len(types), {layer.index for layer in layers if isinstance(layer, PackedLayer)})
+        policy.check(len(stated), {layer.index for layer in layers if isinstance(layer, PackedLayer)})
         if stock:
             warnings.warn(f"kvpack: not packed in {_model(config)}: {_listing(stock)}", stacklevel=2)
         super().__init__(layers=layers)
