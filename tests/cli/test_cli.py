@@ -77,13 +77,32 @@ def test_sweep_writes_rows_and_a_picture_and_resumes(tmp_path: Path) -> None:
     assert [(row["label"], row["window"], row["taken_over"]) for row in rows] == [
         ("tq4", 10, False), ("tq4", 30, False), ("tq2", 10, False), ("tq2", 30, False),
     ]  # fmt: skip
-    assert len((out / "rows.jsonl").read_text().splitlines()) == 4
+    assert len(list((out / "rows").glob("*.json"))) == 4
     again = run(*arguments)
     assert again.exit_code == 0
     assert "PPL ratio" in again.stdout
     assert again.stderr.count("taken over") == 4
     if "picture:" in again.stdout:
         assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_on_ray_needs_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("sweep", *SMALL[:-2], "--codecs", "tq4", "--out", str(tmp_path), "--ray")
+    assert result.exit_code == 3
+    assert "pip install 'kvpack[ray]'" in result.stderr
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_sweep_on_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'kvpack[ray]')")
+    arguments = ["sweep", *SMALL[:-2], "--codecs", "tq4,tq2", "--windows", "10,30", "--out", str(tmp_path)]
+    rows = run_json(*arguments, "--ray", "--workers", "2")["rows"]
+    assert [(row["label"], row["window"]) for row in rows] == [("tq4", 10), ("tq4", 30), ("tq2", 10), ("tq2", 30)]
+    again = run_json(*arguments)["rows"]  # Ray or not, the rows are the same files
+    assert [row["taken_over"] for row in again] == [True] * 4
+    assert [row["kld"] for row in again] == [row["kld"] for row in rows]
 
 
 def test_bench() -> None:
@@ -115,6 +134,19 @@ def test_doctor() -> None:
     assert found["isa_active"] in found["isa_available"]
     assert result.exit_code == (0 if found["healthy"] else 1)
     assert "operators" in run("doctor").stdout
+
+
+def test_doctor_tells_of_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "torch":
+                raise ImportError("libtorch_cpu.so: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "TORCH DOES NOT LOAD: libtorch_cpu.so" in result.stdout
 
 
 def test_doctor_explains_a_models_layers(tmp_path: Path) -> None:
@@ -210,6 +242,8 @@ def test_demo_json() -> None:
         (["ppl", "tq4"], 3, "KVPACK_OFFLINE"),
         (["sweep", "--model", "random", "--codecs", ","], 2, "no codecs were named"),
         (["sweep", "--model", "random", "--windows", "1,x"], 2, "window 'x' is not a whole number"),
+        (["sweep", "--model", "random", "--workers", "2"], 2, "--workers 2 is for sweeps with --ray"),
+        (["sweep", "--model", "random", "--threads", "2"], 2, "--threads 2 is for sweeps with --ray"),
         (["bench", "--what", "both"], 2, "'both' is not one of"),
         (["bench", "--contexts", "0"], 2, "context of 0"),
         (["bench", "--codecs", "tq4", "--contexts", "256", "-d", "88"], 2, "2^a times 1, 12, 20 or 28"),
