@@ -64,15 +64,16 @@ def findings() -> dict[str, Any]:
         "text": importlib.util.find_spec("pydoc_data.topics") is not None,
         "data": [str(path) for path in data_dirs() if path.is_dir()],
     }
-    if found["packages"]["torch"] is not None:
+    try:
         import torch
 
         from kvpack import ops
-
-        found["native_operators"] = bool(ops.native)
-        found["threads"] = torch.get_num_threads()
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        found["native_operators"], found["torch_error"] = None, None if absent else str(error)
     else:
-        found["native_operators"] = None
+        found["native_operators"], found["torch_error"] = bool(ops.native), None
+        found["threads"] = torch.get_num_threads()
     return found
 
 
@@ -174,7 +175,7 @@ def doctor(
     found = findings()
     if model is not None:
         found["model"] = model_findings(model, codec)
-    healthy = found["native_operators"] is not False
+    healthy = found["native_operators"] is not False and found["torch_error"] is None
     if json:
         print_json({**found, "healthy": healthy})
     else:
@@ -199,7 +200,7 @@ def _show(found: dict[str, Any]) -> None:
         "operators": {
             True: "native",
             False: "NATIVE LIBRARY MISSING, the PyTorch defaults run: slow",
-            None: "no torch",
+            None: "no torch" if found["torch_error"] is None else f"TORCH DOES NOT LOAD: {found['torch_error']}",
         }[native],
         "codecs": ", ".join(found["codecs"]),
         "default model": f"{default['path']} ({'ready' if default['ready'] else 'not yet'})",

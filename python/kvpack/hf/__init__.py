@@ -12,10 +12,14 @@
 * compat.py: what differs between versions of transformers
 """
 
-from .cache import Cache
-from .handle import Handle
-from .layer import PackedLayer
-from .memory import nbytes
-from .stats import LayerStats
+from kvpack._extras import needed
+
+with needed("kvpack.hf (kvpack.Cache, kvpack.nbytes)", "hf"):
+    from . import compat as compat
+    from .cache import Cache
+    from .handle import Handle
+    from .layer import PackedLayer
+    from .memory import nbytes
+    from .stats import LayerStats
 
 __all__ = ["Cache", "Handle", "LayerStats", "PackedLayer", "nbytes"]

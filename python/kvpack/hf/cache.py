@@ -11,14 +11,13 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache as StockCache
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvpack import ops, spec
 from kvpack.policy import SINKS, WINDOW, Policy
 from kvpack.spec import CodecSpec
 
 from . import checks, memory, padding
-from .compat import cache_layers
+from .compat import cache_layers, stock_layer
 from .layer import PackedLayer
 from .stats import LayerStats
 
@@ -103,7 +102,7 @@ class Cache(StockCache):  # type: ignore[misc]
             why = _why_stock(kind, own)
             if why is not None:
                 stock.setdefault(why, []).append(index)
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                layers.append(stock_layer(kind, options))
                 continue
             first = index if first is None else first
             key, value = policy.codecs(index)

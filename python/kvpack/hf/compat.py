@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.cache_utils import get_layer_types_and_kwargs
+import transformers
+from transformers import cache_utils
+
+from kvpack._extras import MissingExtraError
+
+OLDEST = (5, 14)  # before it, caches were cropped to a length, and layers had no list of classes
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+    raise MissingExtraError(
+        f"kvpack.Cache needs transformers {'.'.join(map(str, OLDEST))} or newer, and {transformers.__version__} is "
+        "installed: pip install --upgrade 'kvpack[hf]'",
+        name="transformers",
+    )
 
 
 def cache_layers(config: Any) -> list[tuple[str, dict[str, Any], Any]]:
@@ -13,7 +25,7 @@ def cache_layers(config: Any) -> list[tuple[str, dict[str, Any], Any]]:
 
     config: of the text model, `config.get_text_config(decoder=True)`.
     """
-    types, arguments = get_layer_types_and_kwargs(config)
+    types, arguments = cache_utils.get_layer_types_and_kwargs(config)
     if isinstance(arguments, Mapping):  # before 5.20: one for all layers
         arguments = [arguments] * len(types)
     own = config.per_layer_config
@@ -21,3 +33,8 @@ def cache_layers(config: Any) -> list[tuple[str, dict[str, Any], Any]]:
         own = [config] * len(types)
     # The types may be fewer than the layers: older versions leave out last ones that share the keys of earlier ones.
     return [(kind, dict(of_class), own[i]) for i, (kind, of_class) in enumerate(zip(types, arguments, strict=True))]
+
+
+def stock_layer(kind: str, arguments: dict[str, Any]) -> Any:
+    """A new layer of the class that transformers has for this type."""
+    return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
