@@ -119,7 +119,6 @@ class Cache(StockCache):  # type: ignore[misc]
                     precision=_PRECISIONS.index(precision),
                     sparse_values=float(sparse_values),
                     index=index,
-                    query_heads=getattr(own, "num_attention_heads", None),
                     guards_prompt=index == first,
                 )
             )

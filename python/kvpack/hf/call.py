@@ -144,12 +144,12 @@ class Call:
             return "query of another batch size"
         return None
 
-    def attend(self, query: Tensor, n_rep: int, mask: Tensor | None, scale: float | None) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """Fused attention of query [B, H, q, dk] over everything; result [B, H, q, dv].
 
         H is a multiple of the KV heads. Transformers also passes one token of grouped query heads as
-        [B, Hkv, n_rep, dk]; where all rows of a head see the same positions, rows and grouped heads are the
-        same thing, and the second form lets the kernel decode a packed token once for all of them.
+        [B, Hkv, heads of a group, dk]. Where all rows of a head see the same positions, rows and grouped heads are
+        the same thing, and the second form lets the kernel decode a packed token once for all of them.
         """
         layer = self.layer
         batch, heads, count, dim = query.shape
@@ -160,10 +160,10 @@ class Call:
                     f"layer {layer.index}: the attention mask has {mask.shape[3]} columns, "
                     f"but the cache holds {self.length} positions"
                 )
-        fold = 1 < count == n_rep and heads == layer.layout[4]
+        fold = count > 1 and heads == layer.layout[4] and (mask is None or mask.shape[2] == 1)
         if fold:
             query = query.reshape(batch, heads * count, 1, dim)
-            if mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1):
+            if mask is not None and mask.shape[1] > 1:
                 mask = mask.expand(-1, heads, count, -1).reshape(mask.shape[0], heads * count, 1, -1)
         sink_keys, sink_values = (None, None) if self.sinks is None else self.sinks
         addresses, counts = self._tables()

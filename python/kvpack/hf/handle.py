@@ -260,8 +260,7 @@ def _attention(
             groups = heads // kv_heads if broadcasts else key.n_rep
             if obstacle is None and not is_causal and heads == kv_heads * groups:
                 layer.count_fused(call)
-                n_rep = layer.n_rep if key.stage == _PLAIN and not enable_gqa else 1
-                return call.attend(query, n_rep, attn_mask, scale)
+                return call.attend(query, attn_mask, scale)
             reason = obstacle or "query heads"
             if attn_mask is None:
                 attn_mask = call.padding_mask()

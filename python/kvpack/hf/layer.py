@@ -36,7 +36,6 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         precision: of the fused path, 0 default or 1 high.
         sparse_values: of the fused path, share of a query's probability whose values may stay unread.
         index: of the layer in the model, for messages.
-        query_heads: query heads of the model, if known; lets grouped heads share the decoding of a token.
         guards_prompt: look for prompts that arrive twice (one layer of a cache does).
     """
 
@@ -55,7 +54,6 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         precision: int = 0,
         sparse_values: float = 0.0,
         index: int = 0,
-        query_heads: int | None = None,
         guards_prompt: bool = False,
     ) -> None:
         self.fused = fused
@@ -63,9 +61,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         self.sparse_values = sparse_values
         # Counts of tiles by the fused path: met, values unread.
         self.unread = torch.zeros(2, dtype=torch.int64) if sparse_values else None
-        self.query_heads = query_heads
         self.guards_prompt = guards_prompt
-        self.n_rep = 1
         super().__init__(key, value, window, sinks, index)
 
     def __repr__(self) -> str:
@@ -90,8 +86,6 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         if self.told_rows is not None:
             checks.same_rows(self.told_rows, key_states.shape[0])
         self.begin(key_states, value_states)
-        if self.query_heads is not None:
-            self.n_rep = self.query_heads // key_states.shape[1]
 
     # Updating.
 
