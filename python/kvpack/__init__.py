@@ -16,7 +16,7 @@ from kvpack.policy import Policy
 
 if TYPE_CHECKING:
     from kvpack import eval, ops
-    from kvpack.hf import Cache, nbytes
+    from kvpack.hf import Cache, disable, enable, nbytes
 
 __all__ = [
     "Cache",
@@ -27,6 +27,8 @@ __all__ = [
     "build_info",
     "codec",
     "codecs",
+    "disable",
+    "enable",
     "eval",
     "isa",
     "nbytes",
@@ -38,6 +40,8 @@ __all__ = [
 _LAZY: dict[str, tuple[str, str | None, str]] = {
     "ops": ("kvpack.ops", None, "torch"),
     "Cache": ("kvpack.hf", "Cache", "hf"),
+    "disable": ("kvpack.hf", "disable", "hf"),
+    "enable": ("kvpack.hf", "enable", "hf"),
     "nbytes": ("kvpack.hf", "nbytes", "hf"),
     "eval": ("kvpack.eval", None, "hf"),
 }
