@@ -16,7 +16,7 @@ from kvpack.policy import Policy
 
 if TYPE_CHECKING:
     from kvpack import eval, ops
-    from kvpack.hf import Cache, nbytes
+    from kvpack.hf import Cache, disable, enable, nbytes
 
 __all__ = [
     "Cache",
@@ -27,6 +27,8 @@ __all__ = [
     "build_info",
     "codec",
     "codecs",
+    "disable",
+    "enable",
     "eval",
     "isa",
     "nbytes",
@@ -39,6 +41,8 @@ __all__ = [
 _LAZY: dict[str, tuple[str, str | None]] = {
     "ops": ("kvpack.ops", None),
     "Cache": ("kvpack.hf", "Cache"),
+    "disable": ("kvpack.hf", "disable"),
+    "enable": ("kvpack.hf", "enable"),
     "nbytes": ("kvpack.hf", "nbytes"),
     "eval": ("kvpack.eval", None),
 }

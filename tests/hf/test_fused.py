@@ -190,7 +190,8 @@ def test_what_cannot_be_fused_decodes_and_is_counted(reason: str, options: dict[
     heads = 2 if reason != "query heads" else 1  # one query head, two KV heads: torch repeats the query
     query = torch.randn(1, heads, 1, 64, requires_grad=reason == "gradients")
     torch.manual_seed(0)
-    got = F.scaled_dot_product_attention(query, key, value, **options)
+    with pytest.warns(UserWarning, match=rf"layer 0 were decoded .*\({reason}\)"):
+        got = F.scaled_dot_product_attention(query, key, value, **options)
     assert key.call.layer.stats().fallback_calls == {reason: 1}
     torch.manual_seed(0)
     assert torch.equal(got, reference(query, key, value, **options))
@@ -251,6 +252,7 @@ def test_inference_mode_and_back() -> None:
     assert h.error(got[1:], want[:, 220:]) <= 1e-4
 
 
+@pytest.mark.filterwarnings(h.DECODED)
 def test_float64_needs_the_dense_path() -> None:
     model = h.build(type(h.llama()), h.llama().config).double()
     ids = h.tokens(1, 200)

@@ -30,6 +30,8 @@ ALLOWED: dict[str, set[str]] = {
 # The public names of `kvpack` itself, by where they live: `from kvpack import Cache` is an arrow to hf.
 HOMES = {
     "Cache": "hf",
+    "disable": "hf",
+    "enable": "hf",
     "nbytes": "hf",
     "codecs": "codec",
     "Codec": "codec",

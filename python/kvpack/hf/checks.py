@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -96,6 +97,25 @@ def repeated(stored: Tensor, again: Tensor) -> bool:
     """Whether keys [B, H, n, d] come again, up to what another matrix size does to the last bits."""
     a, b = stored.float(), again.float()
     return bool((a - b).norm() <= 2e-3 * a.norm())
+
+
+ASKED_FOR = ("fused=False", "dense")  # what decodes because it was told to
+_REMEDIES = {
+    "gradients": "use torch.no_grad() (or torch.inference_mode())",
+    "dropout": "call model.eval()",
+}
+
+
+def warn_decoded(index: int, reason: str) -> None:
+    """Say that attention is not fused, and what can be done."""
+    remedy = _REMEDIES.get(
+        reason, 'packed bits are read by attention "sdpa", and after kvpack.enable(model); see kvpack doctor --model'
+    )
+    warnings.warn(
+        f"kvpack: keys and values of layer {index} were decoded for attention, which is slow ({reason}): {remedy}. "
+        "cache.stats() counts all such calls",
+        stacklevel=2,
+    )
 
 
 CROP = "crop({}): allowed is a negative number, how many tokens to remove from the end"

@@ -37,6 +37,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         sparse_values: of the fused path, share of a query's probability whose values may stay unread.
         index: of the layer in the model, for messages.
         guards_prompt: look for prompts that arrive twice (one layer of a cache does).
+        warned: reasons to decode that were warned of; the layers of a cache share it.
     """
 
     is_compileable = False
@@ -55,6 +56,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         sparse_values: float = 0.0,
         index: int = 0,
         guards_prompt: bool = False,
+        warned: set[str] | None = None,
     ) -> None:
         self.fused = fused
         self.precision = precision
@@ -62,6 +64,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         # Counts of tiles by the fused path: met, values unread.
         self.unread = torch.zeros(2, dtype=torch.int64) if sparse_values else None
         self.guards_prompt = guards_prompt
+        self.warned = set() if warned is None else warned
         super().__init__(key, value, window, sinks, index)
 
     def __repr__(self) -> str:
@@ -120,10 +123,9 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
             return (key_states, value_states) if first and self.batch == 1 else self._handles(call)
         if first:
             return key_states, value_states
-        self.count_fallback(call, "gradients" if tracked else "fused=False")
-        dense = (call.dense(KEY), call.dense(VALUE))
+        reason = "gradients" if tracked else "fused=False"
+        dense = (call.dense(KEY, reason), call.dense(VALUE, reason))
         if tracked:
-            _warn_gradients()
             past = call.length - count
             keys = torch.cat((dense[KEY][:, :, :past], key_states), dim=2)
             return keys, torch.cat((dense[VALUE][:, :, :past], value_states), dim=2)
@@ -266,26 +268,14 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
                 stacklevel=2,
             )
 
-    # Counting.
-
-    def count_fused(self, call: Call) -> None:
-        if not torch.compiler.is_compiling():
-            self.counters.fused_calls += 1
-            self.counters.packed_tokens_read += call.packed
-
-    def count_fallback(self, call: Call, reason: str) -> None:
-        """Count a call that decodes, once; not one that has nothing to decode."""
-        if not torch.compiler.is_compiling() and not call.told and not call.whole:
-            call.told = True
-            counts = self.counters.fallback_calls
-            counts[reason] = counts.get(reason, 0) + 1
-            self.counters.packed_tokens_read += call.packed
-
     def stats(self) -> LayerStats:
         """What happened since the layer was made or reset."""
         met, unread = (0, 0) if self.unread is None else self.unread.tolist()
         return LayerStats(
             layer=self.index,
+            type="full_attention",
+            packed=True,
+            why="",
             key=str(self.specs[KEY]),
             value=str(self.specs[VALUE]),
             tokens_packed=self.table.tokens,
@@ -343,11 +333,3 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         """Move everything back to the layer's device."""
         if self.is_initialized and self.device.type != "cpu":
             self.move(self.device)
-
-
-def _warn_gradients() -> None:
-    warnings.warn(
-        "kvpack: gradients are enabled, so attention reads decoded keys and values; use torch.no_grad() (or "
-        "torch.inference_mode()) for the fused path",
-        stacklevel=3,
-    )
