@@ -1,7 +1,7 @@
 """Offloading, on a device that is not there: of limited memory, and strict about what lies where.
 
-The mock stands for the copies between host and device: every page that moves is asked of it, and it knows which of those
-that it brought to the device are still there. Pages that were taken away have no address, so nobody reads them.
+The mock stands for the copies between host and device: every page that moves is asked of it, and it knows which of the
+pages that it brought to the device are still there. Pages that were taken away have no address, so nobody reads them.
 """
 
 from __future__ import annotations

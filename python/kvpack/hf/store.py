@@ -117,11 +117,7 @@ class Store:
         end = begin + fresh
         keys, values = self.window
         if end <= self.window_size + TILE:
-            if torch.compiler.is_compiling() or self.dtype not in _COPIED:
-                keys.narrow(2, begin, fresh).copy_(own[KEY])
-                values.narrow(2, begin, fresh).copy_(own[VALUE])
-            else:
-                ops.append(keys, values, own[KEY], own[VALUE], begin)
+            _write((keys, values), own, begin)
             exact = (keys, values)
         else:
             exact = (
@@ -177,14 +173,10 @@ class Store:
 
     def buffers(self, content: Pair, capacity: int) -> Pair:
         """New buffers of `capacity` tokens that begin with the content."""
-        out = []
-        for tokens in content:
-            b, h, n, d = tokens.shape
-            with normal_mode():
-                buffer = torch.empty((b, h, capacity, d), dtype=tokens.dtype, device=tokens.device)
-            buffer[:, :, :n] = tokens
-            out.append(buffer)
-        return out[KEY], out[VALUE]
+        with normal_mode():
+            keys, values = (x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in content)
+        _write((keys, values), content, 0)
+        return keys, values
 
     def _pack(self, exact: Pair, count: int) -> int:
         """Pack whole tiles from the head of `count` exact tokens; the rest starts a new window.
@@ -368,3 +360,13 @@ class Store:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor))
+
+
+def _write(buffers: Pair, tokens: Pair, begin: int) -> None:
+    """Copy tokens into buffers, from token `begin` on."""
+    keys, values = tokens
+    if torch.compiler.is_compiling() or keys.dtype not in _COPIED:
+        for buffer, new in zip(buffers, tokens, strict=True):
+            buffer.narrow(2, begin, new.shape[2]).copy_(new)
+    else:
+        ops.append(*buffers, keys, values, begin)
