@@ -84,10 +84,12 @@ def config() -> Any:
     return LlamaConfig(**{**h.SHAPE, "num_hidden_layers": LAYERS})
 
 
-def deep() -> Any:
+def deep(attention: str = "sdpa") -> Any:
     from transformers import LlamaForCausalLM
 
-    return h.build(LlamaForCausalLM, config())
+    made = config()
+    made._attn_implementation = attention
+    return h.build(LlamaForCausalLM, made)
 
 
 def resident(cache: kvpack.Cache) -> list[int]:
@@ -169,6 +171,25 @@ def test_tokens_are_those_without_offloading(mock: Mock) -> None:
     assert "load" not in mock.log  # always ahead
     for a, b in zip(ours.packed_layers, plain.packed_layers, strict=True):
         assert used_bytes(a) == used_bytes(b)
+
+
+@pytest.mark.filterwarnings(h.DECODED)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_layers_that_wait_for_their_padding(mock: Mock, attention: str) -> None:
+    """Padded rows in chunks: tokens of a layer may still be pending when another is at work."""
+    it = deep(attention)
+    ids, mask = h.padded([90, 10, 200])
+    made = [h.packed(it, key="tq4", window=0, offloading=on) for on in (True, False)]
+    for cache in made:
+        if attention == "eager":
+            cache.set_padding(mask)
+    got, want = (h.run(it, cache, ids, [50, 60, 70], mask) for cache in made)
+    assert torch.equal(got, want)
+    assert len(resident(made[0])) == 2
+    short = kvpack.Cache(config(), offloading=True)
+    for layer in range(LAYERS):
+        step(short, layer, 20)
+    assert not any(layer.away for layer in short.packed_layers)  # there is nothing to take away
 
 
 def test_generate_and_other_attentions(mock: Mock) -> None:

@@ -23,7 +23,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -144,11 +144,12 @@ def _replacing(path: Path) -> Iterator[Any]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, survives a loss of power
-    finally:
-        os.close(folder)
+    with suppress(OSError):  # the new name, too, is to survive a loss of power, where the file system can do that
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class Reader:
@@ -193,7 +194,7 @@ class Reader:
         intact = zlib.crc32(header) == struct.unpack("<I", self._read(self.nbytes - 4, 4))[0]
         try:
             found = json.loads(header[8:])
-            metadata = found.pop("__metadata__", {})
+            metadata = dict(found.pop("__metadata__", {}))
             entries, first = {}, 0
             for name, line in found.items():
                 begin, end = (8 + length + int(at) for at in line["data_offsets"])
@@ -201,7 +202,7 @@ class Reader:
                 entries[name] = Entry(_BY_NAME[line["dtype"]], shape, begin, end, first)
                 first += shape[0] if name.endswith(PAGES) else 1
             expected = max((entry.end for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise self.error("is damaged in its header, or no snapshot") from error
         if CHECKSUMS not in entries:
             raise self.error("is no snapshot, or its header is damaged: it has no checksums")

@@ -323,10 +323,11 @@ class Store:
     def offload(self) -> None:
         """Put the packed pages into host memory. Nothing, where the layer works in it."""
         transfer = offload.transfer(self.device) if self.is_initialized else None
-        if transfer is not None and not self.table.evicted:
+        if transfer is not None and self.table.tiles and not self.table.evicted:
             self.settle()
             self.epoch += 1
-            self.table.evict(transfer.store)
+            with normal_mode():
+                self.table.evict(transfer.store)
             self.away = True
 
     def prefetch(self) -> None:
