@@ -3,10 +3,10 @@
     python benchmarks/snapshot.py                         32 layers, 8 KV heads, d = 128, 32,768 tokens, tq4
     python benchmarks/snapshot.py --tokens 8192 --codec tcq3/tcq2 --folder /dev/shm
 
-Each load is the first of a new process, after its imports. The file is in the page cache of the system, but for the line
-"cold", before which the system is asked to drop it. Everything is verified in each of them. What comes back is compared:
-the bytes of every page, and the attention of a token over the last layer, which must be equal to the bit. Keys and values
-are random; no model is run.
+Each load is the first of a new process, after its imports. The file is in the page cache of the system, but for the
+line "cold", before which the system is asked to drop it. Everything is verified in each of them. What comes back is
+compared: the bytes of every page, and the attention of a token over the last layer, which must be equal to the bit.
+Keys and values are random; no model is run.
 """
 
 from __future__ import annotations
