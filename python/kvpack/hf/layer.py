@@ -132,13 +132,12 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         return dense
 
     def _unexpected(self, keys: Tensor, values: Tensor) -> bool:
-        if keys.dim() != 4 or values.dim() != 4:
+        batch, heads, key_dim, value_dim, dtype = self.expected
+        if keys.dim() != 4 or keys.dtype != dtype or values.dtype != dtype:
             return True
-        b, h, n, key_dim = keys.shape
-        vb, vh, vn, value_dim = values.shape
-        dtype = keys.dtype
-        same = (b, h, n, dtype) == (vb, vh, vn, values.dtype)
-        return not same or (b, h, key_dim, value_dim, dtype) != self.expected
+        shape = keys.shape
+        count = shape[2]
+        return shape != (batch, heads, count, key_dim) or values.shape != (batch, heads, count, value_dim)
 
     def _update_pending(self, own: Pair, count: int, tracked: bool) -> Call:
         """A call before anything is placed: the first, and those that find only padding before them."""
@@ -162,10 +161,10 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
 
     def _handles(self, call: Call) -> tuple[Handle, Handle]:
         batch, heads, key_dim, value_dim, _ = self.expected
-        return (
-            Handle(call, KEY, torch.Size((batch, heads, call.length, key_dim))),
-            Handle(call, VALUE, torch.Size((batch, heads, call.length, value_dim))),
-        )
+        keys = values = torch.Size((batch, heads, call.length, key_dim))
+        if value_dim != key_dim:
+            values = torch.Size((batch, heads, call.length, value_dim))
+        return Handle(call, KEY, keys), Handle(call, VALUE, values)
 
     def _state(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
         """What an update with no tokens returns: the layer as it is."""
