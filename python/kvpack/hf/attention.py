@@ -89,7 +89,7 @@ def attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of query [B, Hq, q, dk] in the signature of transformers; result [B, q, Hq, dv], and no weights.
+    """Attention of query [B, Hq, q, dk] in the signature of transformers; result [B, q, Hq, dv], and weights or None.
 
     key, value: handles, or tensors [B, Hkv, S, d]. attention_mask: of `sdpa_mask`, or additive.
     softcap: caps the scaled scores at softcap * tanh(score / softcap). s_aux: [Hq], a logit per head without a value.
@@ -103,8 +103,9 @@ def attention(
     if call is not None:
         call.check(causal, query.shape[2])
         if not call.whole:
-            call.layer.check_mask(mask, query.shape[2])
-            reason = call.obstacle(query, mask, dropout, causal, s_aux)
+            call.layer.check_mask(mask)
+            wanted = "output_attentions" if options.get("output_attentions") else None
+            reason = call.obstacle(query, mask, dropout, causal, s_aux) or wanted
             if reason is None:
                 logits = None if s_aux is None else s_aux.detach().to(torch.float32).reshape(-1).contiguous()
                 fused = call.attend(query, 1, mask, scaling, softcap or 0.0, logits)

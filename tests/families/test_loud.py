@@ -1,0 +1,148 @@
+"""What is not packed, not fused or not right is said: before the first token, in warnings, and in `stats()`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+
+import kvpack
+from kvpack.hf import PackedLayer
+
+from ..hf import helpers as h
+from .families import FAMILIES, GROUPED, model, packed, stats, stock
+from .modes import Run
+
+HYBRIDS = {
+    "gemma2": "sliding_attention (layer 0)",
+    "gemma3": "sliding_attention (layer 0)",
+    "gpt_oss": "sliding_attention (layer 0)",
+    "mimo": "sliding_attention (layer 1)",
+    "qwen3_next": "linear_attention (layer 0)",
+    "lfm2": "conv (layer 0)",
+}
+
+
+def test_hybrids_are_known() -> None:
+    assert set(HYBRIDS) == {name for name, family in FAMILIES.items() if len(family.packed) < 2}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_stock_layers_are_named(name: str) -> None:
+    """By a warning, and by `stats()`."""
+    config = FAMILIES[name].config()
+    kind = HYBRIDS[name].split()[0]
+    with pytest.warns(UserWarning, match="kvpack") as told:
+        cache = kvpack.Cache(config)
+    (warning,) = told
+    assert str(warning.message) == (
+        f"kvpack: not packed in a {config.model_type} model: {HYBRIDS[name]}; only full attention over keys and values "
+        "is packed"
+    )
+    assert [layer.index for layer in cache.packed_layers] == list(FAMILIES[name].packed)
+    every = cache.stats()
+    assert [layer.layer for layer in every] == [0, 1]
+    for layer in every:
+        mine = layer.layer in FAMILIES[name].packed
+        assert layer.packed is mine
+        assert layer.type == ("full_attention" if mine else kind)
+        assert layer.why == ("" if mine else f"{kind}: the stock class serves it")
+        assert (layer.key, layer.tokens_packed, layer.fused_calls) == ("tq4:center=tile" if mine else "", 0, 0)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(HYBRIDS) - {"bart"}))
+def test_whole_models_are_quiet(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = kvpack.Cache(FAMILIES[name].config())
+    assert all(isinstance(layer, PackedLayer) for layer in cache.layers)
+
+
+MLA = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            t.DeepseekV3Config(**MLA),
+            r"nothing to pack in a deepseek_v3 model: MLA latents \(kv_lora_rank\) \(layers 0, 1, 2\)",
+        ),
+        (
+            t.MistralConfig(**GROUPED, sliding_window=128),
+            r"nothing to pack in a mistral model: sliding_attention \(layers 0, 1\)",
+        ),
+        (t.LlamaConfig(**{**GROUPED, "head_dim": 72}), r"layer 0 cannot be packed with key codec tq4.*72"),
+        (t.BartConfig(), r"is an encoder-decoder.*for_encoder_decoder.*DynamicCache\(\)"),
+        (t.T5Config(), r"is an encoder-decoder.*for_encoder_decoder"),
+    ],
+    ids=["mla", "sliding", "head size", "bart", "t5"],
+)
+def test_what_cannot_be_packed_is_refused_by_name(config: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kvpack.Cache(config)
+
+
+def test_decoding_is_warned_of_once() -> None:
+    """Once for a reason, over all layers and calls, and copies; counted every time."""
+    one = model("llama", "eager")
+    cache = packed(one.config)
+    ids = h.tokens(1, 100)
+    with pytest.warns(UserWarning, match="kvpack") as told:
+        h.run(one, cache, ids, [90])
+    (warning,) = told
+    assert str(warning.message) == (
+        "kvpack: keys and values of layer 0 were decoded for attention, which is slow (transpose): packed bits are "
+        'read by attention "sdpa", and after kvpack.enable(model); see kvpack doctor --model. cache.stats() counts all '
+        "such calls"
+    )
+    assert [layer.fallback_calls for layer in cache.stats()] == [{"transpose": 10}] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        h.run(one, copy.deepcopy(cache), h.tokens(1, 110), [])
+        h.run(one, packed(one.config, fused=False), ids, [90])  # asked for
+    another = packed(one.config)
+    with pytest.warns(UserWarning, match="were decoded"):
+        h.run(one, another, ids, [90])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("prompt", [1, 2, 90])
+def test_generating_without_use_cache_is_refused(name: str, prompt: int) -> None:
+    """The cache would take in the whole prompt on every step, which stock caches do, silently."""
+    for rows, fused in ((1, True), (2, False)):
+        run = Run(name, lambda config, fused=fused: packed(config, fused=fused))
+        with pytest.raises(RuntimeError, match="whole prompt arrived a second time.*use_cache=False.*use_cache=True"):
+            run.generate(h.tokens(rows, prompt), new=3, use_cache=False)
+
+
+def test_one_token_more_than_there_are_is_no_error() -> None:
+    one = model("llama")
+    ids = h.tokens(1, 201)
+    found = [h.run(one, cache, ids, [100, 101]) for cache in (packed(one.config), stock(one.config))]
+    assert h.error(*found) <= 1e-4
+
+
+def test_both_halves_of_an_encoder_decoder() -> None:
+    """They crop and select rows, which transformers' own class refuses for caches that are not its own."""
+    one = model("bart")
+    cache, plain = packed(one.config, fused=False), stock(one.config)
+    ids = h.tokens(2, 80)
+    out = []
+    for each in (cache, plain):
+        with torch.no_grad():
+            one(h.tokens(2, 20), decoder_input_ids=ids, past_key_values=each)
+            each.crop(-3)
+            each.batch_select_indices(torch.tensor([1]))
+            each.batch_repeat_interleave(2)
+            assert each.get_seq_length() == 77
+            encoded = one.get_encoder()(h.tokens(2, 20)[[1, 1]])
+            steps = one(encoder_outputs=encoded, decoder_input_ids=ids[[1, 1], 77:], past_key_values=each)
+            out.append(steps.logits)
+    assert torch.equal(*out)
+    assert kvpack.nbytes(cache) > cache.self_attention_cache.nbytes > 0
+    assert all(layer.tokens_packed == 64 for layer in stats(cache))
