@@ -74,6 +74,21 @@ def test_what_cannot_be_enabled_says_so() -> None:
     with pytest.raises(ValueError, match="FalconForCausalLM does not look its attention up.*it keeps 'sdpa'"):
         kvpack.enable(one)
     assert one.config._attn_implementation == "sdpa"
+    config = t.NllbMoeConfig(
+        vocab_size=h.VOCABULARY,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=1,
+        decoder_attention_heads=1,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_experts=2,
+    )
+    one = t.AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(ValueError, match="NllbMoeForConditionalGeneration has eager attention only.*it keeps 'eager'"):
+        kvpack.enable(one)
+    assert config._attn_implementation == "eager"
     for change in (kvpack.enable, kvpack.disable):
         with pytest.raises(TypeError, match="LlamaConfig is not a transformers model"):
             change(t.LlamaConfig())

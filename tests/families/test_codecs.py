@@ -44,10 +44,11 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings(h.DECODED)
 @pytest.mark.parametrize(("name", "mode", "codecs"), CASES)
 def test_attention_over_what_codecs_make(name: str, mode: str, codecs: tuple[str, str]) -> None:
     family = FAMILIES[name]
-    attention = "default" if family.fused else "kvpack"
+    attention = "default" if family.fused or not family.enables else "kvpack"
     key, value = codecs
 
     def run(make: Any) -> tuple[torch.Tensor, list[torch.Tensor], list[Any]]:
@@ -67,8 +68,10 @@ def test_attention_over_what_codecs_make(name: str, mode: str, codecs: tuple[str
     assert torch.equal(got, want)
     assert median(h.error(x, y) for x, y in zip(logits, want_logits, strict=True)) <= FUSED
     layers = [layer for cache in caches for layer in stats(cache)]
-    assert any(layer.fused_calls and layer.packed_tokens_read for layer in layers)
-    assert not any(layer.fallback_calls for layer in layers)
+    assert any(layer.packed_tokens_read for layer in layers)
+    if family.fused or family.enables:
+        assert any(layer.fused_calls for layer in layers)
+        assert not any(layer.fallback_calls for layer in layers)
 
 
 def test_the_codecs_matter() -> None:

@@ -11,15 +11,16 @@ import torch
 import transformers as t
 
 import kvpack
-from kvpack.hf import PackedLayer
+from kvpack.hf import PackedLayer, support
 
 from ..hf import helpers as h
-from .families import FAMILIES, GROUPED, model, packed, stats, stock
+from .families import FAMILIES, GROUPED, WHOLE, model, packed, stats, stock
 from .modes import Run
 
 HYBRIDS = {
     "gemma2": "sliding_attention (layer 0)",
     "gemma3": "sliding_attention (layer 0)",
+    "gemma3n": "sliding_attention (layer 0); dummy (layers 2, 3)",
     "gpt_oss": "sliding_attention (layer 0)",
     "mimo": "sliding_attention (layer 1)",
     "qwen3_next": "linear_attention (layer 0)",
@@ -35,7 +36,6 @@ def test_hybrids_are_known() -> None:
 def test_stock_layers_are_named(name: str) -> None:
     """By a warning, and by `stats()`."""
     config = FAMILIES[name].config()
-    kind = HYBRIDS[name].split()[0]
     with pytest.warns(UserWarning, match="kvpack") as told:
         cache = kvpack.Cache(config)
     (warning,) = told
@@ -45,16 +45,17 @@ def test_stock_layers_are_named(name: str) -> None:
     )
     assert [layer.index for layer in cache.packed_layers] == list(FAMILIES[name].packed)
     every = cache.stats()
-    assert [layer.layer for layer in every] == [0, 1]
+    assert [layer.layer for layer in every] == list(range(config.num_hidden_layers))
     for layer in every:
         mine = layer.layer in FAMILIES[name].packed
+        kind = "dummy" if layer.layer > 1 else HYBRIDS[name].split()[0]
         assert layer.packed is mine
         assert layer.type == ("full_attention" if mine else kind)
         assert layer.why == ("" if mine else f"{kind}: the stock class serves it")
         assert (layer.key, layer.tokens_packed, layer.fused_calls) == ("tq4:center=tile" if mine else "", 0, 0)
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(HYBRIDS) - {"bart"}))
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(HYBRIDS) - {"bart", "t5"}))
 def test_whole_models_are_quiet(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,6 +86,33 @@ MLA = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
 def test_what_cannot_be_packed_is_refused_by_name(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kvpack.Cache(config)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_config_tells_beforehand(name: str) -> None:
+    """What `kvpack doctor --model` shows is what the other tests here meet."""
+    family = FAMILIES[name]
+    told = support.attention(family.config())
+    assert told.fused is family.fused
+    assert told.name == ("eager" if name in ("gemma2", "gpt_oss", "mimo", "gptj") else "sdpa")
+    packed_layers = [i for i, layer in enumerate(support.layers(family.config())) if layer.why is None]
+    assert packed_layers == list(family.packed)
+    assert support.takes_kvpack(type(model(name))) is family.enables
+
+
+@pytest.mark.filterwarnings(h.DECODED)
+@pytest.mark.parametrize("kind", support.OWN_WAYS)
+def test_models_that_need_dense_tensors_before_sdpa(kind: str) -> None:
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 2} if kind == "jetmoe" else {}
+    config = t.AutoConfig.for_model(kind, **WHOLE, **experts, kv_channels=64)
+    one = h.build(t.AutoModelForCausalLM.from_config, config)
+    told = support.attention(config)
+    assert (told.name, told.fused) == ("sdpa", False)
+    assert support.OWN_WAYS[kind] in told.why
+    cache = packed(config)
+    ids = h.tokens(1, 90)
+    assert h.error(h.run(one, cache, ids, [85]), h.run(one, stock(config), ids, [85])) <= 1e-4
+    assert all(sum(layer.fallback_calls.values()) == 5 for layer in stats(cache))
 
 
 def test_decoding_is_warned_of_once() -> None:
