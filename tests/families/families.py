@@ -132,7 +132,7 @@ def _gemma3n() -> Any:
 
 
 def _t5() -> Any:
-    sizes = {"d_model": 64, "d_kv": 64, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 2}
+    sizes = {"d_model": 64, "d_kv": 64, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "decoder_start_token_id": 1}
     return t.T5Config(vocab_size=h.VOCABULARY, **sizes, **tokens, initializer_factor=2.0, tie_word_embeddings=False)
 
@@ -199,6 +199,18 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family("GPT-J", _gptj, fused=False, enables=False, notes="attends by matrix products of its own"),
 }
 
+
+# What has no layer to pack: title, config, the reason and the layers that the error names.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "Mistral, with a window": (
+        t.MistralConfig(**GROUPED, sliding_window=128),
+        "sliding_attention (layers 0, 1)",
+    ),
+    "DeepSeek V3": (
+        t.DeepseekV3Config(hidden_size=128, num_hidden_layers=3, num_attention_heads=2),
+        "MLA latents (kv_lora_rank) (layers 0, 1, 2)",
+    ),
+}
 
 ATTENTIONS = ("default", "kvpack", "eager")
 

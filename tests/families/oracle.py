@@ -82,12 +82,12 @@ class _EncoderDecoder(t.EncoderDecoderCache):  # type: ignore[misc]
 
 def oracle(family: str, config: Any, key: str, value: str, window: int, sinks: int) -> Any:
     """The cache of a family with an `OracleLayer` for every layer that is packed."""
-    types = list(zip(*get_layer_types_and_kwargs(config.get_text_config(decoder=True)), strict=True))
-    layers: list[Any] = [
+    types = zip(*get_layer_types_and_kwargs(config.get_text_config(decoder=True)), strict=True)
+    layers = [
         OracleLayer(key, value, window, sinks)
         if index in FAMILIES[family].packed
-        else DYNAMIC_LAYER_TYPE_MAPPING[types[index][0]](**types[index][1])
-        for index in range(max(len(types), 1 + max(FAMILIES[family].packed)))
+        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+        for index, (kind, options) in enumerate(types)
     ]
     own = t.Cache(layers=layers)
     return _EncoderDecoder(own, t.DynamicCache()) if config.is_encoder_decoder else own

@@ -236,6 +236,19 @@ def test_no_dense_copy_outlives_a_call() -> None:
     assert stats(cache)[0].fused_calls == 2
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_padding_is_learned_from_masks(name: str, fused: bool) -> None:
+    """Sinks are real tokens, and padding is stored as zeros, whichever way the prompt goes."""
+    one = model(name, "kvpack")
+    ids, mask = h.padded([100, 40, 77])
+    cache = packed(one.config, fused=fused)
+    h.run(one, cache, ids, [98], mask)
+    for layer in cache.packed_layers:
+        assert layer.rows.tolist() == [[0, 0], [60, 60], [23, 23]]
+        assert not layer.keys[1, :, :60].any()
+
+
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # it compiles, and torch warns on the way
 def test_flex_attention() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ import kvpack
 from kvpack.hf import PackedLayer, support
 
 from ..hf import helpers as h
-from .families import FAMILIES, GROUPED, WHOLE, model, packed, stats, stock
+from .families import FAMILIES, GROUPED, REFUSED, WHOLE, model, packed, stats, stock
 from .modes import Run
 
 HYBRIDS = {
@@ -63,25 +64,21 @@ def test_whole_models_are_quiet(name: str) -> None:
     assert all(isinstance(layer, PackedLayer) for layer in cache.layers)
 
 
-MLA = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+@pytest.mark.parametrize("title", REFUSED)
+def test_nothing_to_pack_is_refused_by_name(title: str) -> None:
+    config, reason = REFUSED[title]
+    with pytest.raises(ValueError, match=re.escape(f"nothing to pack in a {config.model_type} model: {reason}; only")):
+        kvpack.Cache(config)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            t.DeepseekV3Config(**MLA),
-            r"nothing to pack in a deepseek_v3 model: MLA latents \(kv_lora_rank\) \(layers 0, 1, 2\)",
-        ),
-        (
-            t.MistralConfig(**GROUPED, sliding_window=128),
-            r"nothing to pack in a mistral model: sliding_attention \(layers 0, 1\)",
-        ),
         (t.LlamaConfig(**{**GROUPED, "head_dim": 72}), r"layer 0 cannot be packed with key codec tq4.*72"),
         (t.BartConfig(), r"is an encoder-decoder.*for_encoder_decoder.*DynamicCache\(\)"),
         (t.T5Config(), r"is an encoder-decoder.*for_encoder_decoder"),
     ],
-    ids=["mla", "sliding", "head size", "bart", "t5"],
+    ids=["head size", "bart", "t5"],
 )
 def test_what_cannot_be_packed_is_refused_by_name(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -153,6 +150,20 @@ def test_one_token_more_than_there_are_is_no_error() -> None:
     ids = h.tokens(1, 201)
     found = [h.run(one, cache, ids, [100, 101]) for cache in (packed(one.config), stock(one.config))]
     assert h.error(*found) <= 1e-4
+
+
+def test_a_decoder_of_more_layers_than_the_encoder() -> None:
+    config = FAMILIES["t5"].config()
+    config.num_layers = 1
+    one = h.build(t.AutoModelForSeq2SeqLM.from_config, config)
+    found = []
+    for cache in (packed(config), t.EncoderDecoderCache(t.DynamicCache(), t.DynamicCache())):
+        with torch.no_grad():
+            for part in h.tokens(1, 90).split([85, 5], dim=1):
+                out = one(h.tokens(1, 20), decoder_input_ids=part, past_key_values=cache).logits
+            found.append(out)
+    assert h.error(*found) <= 1e-4
+    assert len(config.get_text_config(decoder=True).per_layer_config) == 1  # what transformers takes it for
 
 
 def test_both_halves_of_an_encoder_decoder() -> None:
