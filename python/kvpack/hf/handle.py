@@ -249,7 +249,7 @@ def _attention(
             out = _SDPA(query, *dense, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             layer.saw_mask(attn_mask)
             return out
-        layer.check_mask(attn_mask, count)
+        layer.check_mask(attn_mask)
         obstacle = call.obstacle(query, attn_mask, dropout_p, is_causal)
         heads, kv_heads = query.shape[1], layer.layout[4]
         broadcasts = enable_gqa or kv_heads == 1  # torch repeats a single head for all queries

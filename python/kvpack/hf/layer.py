@@ -95,8 +95,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Append keys and values [B, Hkv, tokens, d], and return what attention is to read.
 
-        Returns the arguments for the first call of one row, dense tensors with `fused=False` or gradients,
-        and handles [B, Hkv, length, d] otherwise. After an error the layer is as it was.
+        Returns the arguments for the first call of one row, dense tensors with `fused=False` (but for the first calls
+        of several rows) or gradients, and handles [B, Hkv, length, d] otherwise. After an error the layer is as it was.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -108,7 +108,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         if count == 0:
             return self._state(key_states, value_states)
         if 1 < count == self.length + 1 and self.guards_prompt and not torch.compiler.is_compiling():
-            self._check_repeated(key_states)
+            checks.repeated_prompt(self.index)
 
         tracked = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         own = (key_states.detach(), value_states.detach()) if tracked else (key_states, value_states)
@@ -119,7 +119,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
             exact, number = self.append(own, count)
             call = Call(self, exact, tiles, packed, number)
         first = call.length == count
-        if self.fused and not tracked:
+        # A pending call needs handles even where everything is to be dense: they see the mask.
+        if not tracked and (self.fused or self.pending is not None):
             return (key_states, value_states) if first and self.batch == 1 else self._handles(call)
         if first:
             return key_states, value_states
@@ -147,7 +148,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         try:
             if self.padding_known:
                 self._place_if_ready()
-            elif self.batch == 1 or tracked or not self.fused:
+            elif self.batch == 1 or tracked:
                 self.place()
         except Exception:
             self.pending, self.length, self.heard, self.last_count = before
@@ -181,23 +182,6 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         call = Call(self, self.window, self.table.tiles, self.table.tokens, n)
         call.fresh = 0  # this one reads all that is packed
         return call
-
-    def _check_repeated(self, keys: Tensor) -> None:
-        """RuntimeError if the keys of the whole cache arrive again, one token longer: `use_cache=False`."""
-        call = self._snapshot()
-        stored, again = [], []
-        if call.sinks is not None and self.rows is None:
-            stored.append(call.sinks[KEY])
-            again.append(keys[:, :, : self.sink_count])
-        exact = call.exact[KEY]
-        recent = exact.shape[2]
-        if not call.whole:  # tokens whose position does not depend on the row
-            recent = min(recent, max(0, self.length - self.pad_max - self.sinks_wanted))
-        stored.append(exact[:, :, exact.shape[2] - recent :])
-        again.append(keys[:, :, self.length - recent : self.length])
-        old, new = torch.cat(stored, dim=2), torch.cat(again, dim=2)
-        if old.shape[2] and checks.repeated(old, new):
-            raise RuntimeError(f"layer {self.index}: {checks.REPEATED}")
 
     # Padding: told by the user, or by the masks that handles see.
 
@@ -240,15 +224,10 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         if self.pending is not None and not (self.padding_known or self.heard):
             self.place()
 
-    def check_mask(self, mask: Tensor | None, count: int) -> None:
-        """What the mask of a call with history tells: a repeated prompt, or (once) padding nobody told of."""
+    def check_mask(self, mask: Tensor | None) -> None:
+        """What the mask of a call with history tells: (once) padding nobody told of."""
         if mask is None or torch.compiler.is_compiling():
             return
-        past = self.length - count
-        if 1 < count == past + 1 and self.guards_prompt and mask.shape[-1] == self.length:
-            # generate(use_cache=False) masks what it believes not to be there: all but one of the new tokens.
-            if not bool(padding.visible(mask)[..., -1, past + 1 :].any()):
-                raise RuntimeError(f"layer {self.index}: {checks.REPEATED}")
         if self.padding_known:
             return
         self.padding_known = True
