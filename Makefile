@@ -2,7 +2,8 @@
 #
 #   make demo        an unmodified model on packed caches: bytes, speed, quality, text
 #   make test        lint, C++ tests, sanitizers, NEON under qemu, Python tests, notebook
-#   make test-full   the same with the exhaustive matrices, and the operators on every ISA level
+#   make test-full   the same with the exhaustive matrices, the operators on every ISA level, and test-oldest
+#   make test-oldest the cache's tests with the oldest transformers that is supported
 #   make bench       attention and encoding against torch, in one run
 #   make lint        ruff, mypy, clang-format
 #   make clean       removes what builds and tests leave (.venv stays; make distclean removes it too)
@@ -22,11 +23,11 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python/kvpack !
 
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help demo test test-full bench bench-prototype lint install clean distclean
+.PHONY: help demo test test-full test-oldest bench bench-prototype lint install clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '3,8s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 demo: $(VENV)/.kvpack
 	$(BIN)/kvpack demo $(DEMO_ARGS)
@@ -45,6 +46,9 @@ test: $(VENV)/.kvpack $(VENV)/.test
 
 test-full: $(VENV)/.kvpack $(VENV)/.test
 	tools/test.sh --full $(PYTEST_ARGS)
+
+test-oldest: $(VENV)/.kvpack $(VENV)/.test
+	tools/oldest.sh $(PYTEST_ARGS)
 
 lint: $(VENV)/.kvpack $(VENV)/.test
 	tools/lint.sh

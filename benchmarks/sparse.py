@@ -56,7 +56,7 @@ def run(model: Any, context: Any, ids: torch.Tensor, rows: list[Row]) -> None:
             logits = forward(model, feed, cache, keep=1)[-1]
             row.kld.append(float((exact.exp() * (exact - log_probs(logits))).sum()))
     for row, cache in zip(rows, caches, strict=True):
-        stats = cache.stats()
+        stats = [layer for layer in cache.stats() if layer.packed]
         if not all(layer.fused_calls == len(ids) and layer.packed_tokens_read for layer in stats):
             raise RuntimeError(f"{row.label}: not every call read packed tokens in the fused kernel")
         row.met += sum(layer.value_tiles_met for layer in stats)

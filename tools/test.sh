@@ -81,6 +81,7 @@ if [ $full = 1 ]; then
     only=.
   fi
   step operators-default env KVPACK_NO_NATIVE=1 .venv/bin/python -m pytest -q -n 2 tests/ops
+  step oldest-transformers tools/oldest.sh
 fi
 
 printf '\n== steps so far: %s\n\n== pytest\n' "${steps#, }"

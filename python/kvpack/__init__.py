@@ -16,7 +16,7 @@ from kvpack.policy import Policy
 
 if TYPE_CHECKING:
     from kvpack import eval, ops
-    from kvpack.hf import Cache, nbytes
+    from kvpack.hf import Cache, disable, enable, nbytes
 
 __all__ = [
     "Cache",
@@ -27,6 +27,8 @@ __all__ = [
     "build_info",
     "codec",
     "codecs",
+    "disable",
+    "enable",
     "eval",
     "isa",
     "nbytes",
@@ -34,25 +36,23 @@ __all__ = [
     "spec",
 ]
 
-# Names that need an extra: (module, attribute or None for the module itself, what has to be installed).
-_LAZY: dict[str, tuple[str, str | None, str]] = {
-    "ops": ("kvpack.ops", None, "torch"),
-    "Cache": ("kvpack.hf", "Cache", "hf"),
-    "nbytes": ("kvpack.hf", "nbytes", "hf"),
-    "eval": ("kvpack.eval", None, "hf"),
+# Names that are imported when they are first used, because they need an extra: module, and attribute or None for the
+# module itself. The module's own error names the extra.
+_LAZY: dict[str, tuple[str, str | None]] = {
+    "ops": ("kvpack.ops", None),
+    "Cache": ("kvpack.hf", "Cache"),
+    "disable": ("kvpack.hf", "disable"),
+    "enable": ("kvpack.hf", "enable"),
+    "nbytes": ("kvpack.hf", "nbytes"),
+    "eval": ("kvpack.eval", None),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kvpack' has no attribute {name!r}")
-    module, attribute, extra = _LAZY[name]
-    try:
-        loaded = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.split(".")[0] == "kvpack":
-            raise
-        raise ImportError(f"kvpack.{name} needs {error.name}: pip install 'kvpack[{extra}]'") from error
+    module, attribute = _LAZY[name]
+    loaded = importlib.import_module(module)
     value = loaded if attribute is None else getattr(loaded, attribute)
     globals()[name] = value
     return value

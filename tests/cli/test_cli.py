@@ -77,13 +77,32 @@ def test_sweep_writes_rows_and_a_picture_and_resumes(tmp_path: Path) -> None:
     assert [(row["label"], row["window"], row["taken_over"]) for row in rows] == [
         ("tq4", 10, False), ("tq4", 30, False), ("tq2", 10, False), ("tq2", 30, False),
     ]  # fmt: skip
-    assert len((out / "rows.jsonl").read_text().splitlines()) == 4
+    assert len(list((out / "rows").glob("*.json"))) == 4
     again = run(*arguments)
     assert again.exit_code == 0
     assert "PPL ratio" in again.stdout
     assert again.stderr.count("taken over") == 4
     if "picture:" in again.stdout:
         assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_on_ray_needs_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("sweep", *SMALL[:-2], "--codecs", "tq4", "--out", str(tmp_path), "--ray")
+    assert result.exit_code == 3
+    assert "pip install 'kvpack[ray]'" in result.stderr
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_sweep_on_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'kvpack[ray]')")
+    arguments = ["sweep", *SMALL[:-2], "--codecs", "tq4,tq2", "--windows", "10,30", "--out", str(tmp_path)]
+    rows = run_json(*arguments, "--ray", "--workers", "2")["rows"]
+    assert [(row["label"], row["window"]) for row in rows] == [("tq4", 10), ("tq4", 30), ("tq2", 10), ("tq2", 30)]
+    again = run_json(*arguments)["rows"]  # Ray or not, the rows are the same files
+    assert [row["taken_over"] for row in again] == [True] * 4
+    assert [row["kld"] for row in again] == [row["kld"] for row in rows]
 
 
 def test_bench() -> None:
@@ -117,15 +136,51 @@ def test_doctor() -> None:
     assert "operators" in run("doctor").stdout
 
 
+def test_doctor_tells_of_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "torch":
+                raise ImportError("libtorch_cpu.so: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "TORCH DOES NOT LOAD: libtorch_cpu.so" in result.stdout
+
+
 def test_doctor_explains_a_models_layers(tmp_path: Path) -> None:
     import transformers
 
     small = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1)
     transformers.Gemma3TextConfig(**small, head_dim=64, num_hidden_layers=6).save_pretrained(tmp_path / "gemma")
+    transformers.Gemma2Config(**small, head_dim=64, num_hidden_layers=2).save_pretrained(tmp_path / "softcap")
     transformers.LlamaConfig(**small, head_dim=72, num_hidden_layers=2).save_pretrained(tmp_path / "odd")
+    transformers.GPTJConfig(vocab_size=64, n_embd=64, n_head=1, n_layer=2).save_pretrained(tmp_path / "gptj")
+    mimo = transformers.MiMoV2FlashConfig(**small, num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    mimo.save_pretrained(tmp_path / "mimo")
     layers = json.loads(run("doctor", "--json", "--model", str(tmp_path / "gemma")).stdout)["model"]["layers"]
     assert [layer["packed"] for layer in layers] == [False] * 5 + [True]
+    assert [layer["fused"] for layer in layers] == [False] * 5 + [True]
     assert "only full attention" in layers[0]["why"]
+    assert layers[5]["why"] == "sdpa (the default of Gemma3ForCausalLM)"
+
+    def last(name: str) -> dict[str, Any]:
+        layers = json.loads(run("doctor", "--json", "--model", str(tmp_path / name)).stdout)["model"]["layers"]
+        return layers[-1]
+
+    softcap = last("softcap")
+    assert softcap["packed"]
+    assert not softcap["fused"]
+    assert softcap["why"] == (
+        "eager (the default of Gemma2ForCausalLM): decodes on every call; kvpack.enable(model) fuses it"
+    )
+    assert (
+        last("gptj")["why"]
+        == "eager (the default of GPTJForCausalLM): decodes on every call; kvpack.enable(model) cannot change that"
+    )
+    assert last("mimo")["head_dims"] == [192, 128]
+    assert "192/128" in run("doctor", "--model", str(tmp_path / "mimo")).stdout
     odd = json.loads(run("doctor", "--json", "--model", str(tmp_path / "odd")).stdout)["model"]
     assert not odd["layers"][0]["packed"]
     assert "72" in odd["layers"][0]["why"]
@@ -210,6 +265,8 @@ def test_demo_json() -> None:
         (["ppl", "tq4"], 3, "KVPACK_OFFLINE"),
         (["sweep", "--model", "random", "--codecs", ","], 2, "no codecs were named"),
         (["sweep", "--model", "random", "--windows", "1,x"], 2, "window 'x' is not a whole number"),
+        (["sweep", "--model", "random", "--workers", "2"], 2, "--workers 2 is for sweeps with --ray"),
+        (["sweep", "--model", "random", "--threads", "2"], 2, "--threads 2 is for sweeps with --ray"),
         (["bench", "--what", "both"], 2, "'both' is not one of"),
         (["bench", "--contexts", "0"], 2, "context of 0"),
         (["bench", "--codecs", "tq4", "--contexts", "256", "-d", "88"], 2, "2^a times 1, 12, 20 or 28"),

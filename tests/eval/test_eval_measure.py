@@ -16,7 +16,8 @@ from kvpack.eval import CacheSpec, divergence, grid, perplexity, sweep, sweeps, 
 from kvpack.eval.models import LoadedModel
 from kvpack.eval.modes import Reference
 from kvpack.eval.results import divergence_from
-from kvpack.eval.sweeps import pareto, read_rows
+from kvpack.eval.row_store import RowStore
+from kvpack.eval.sweeps import pareto
 from kvpack.eval.texts import Windows
 
 
@@ -161,7 +162,7 @@ def test_sweep_resumes(tiny: LoadedModel, ids: Tensor, tmp_path: Path, monkeypat
     again = sweep(tiny, ids, specs, path=path, on_row=lambda _, known: seen.append(known))
     assert seen == [True, True, True, False]
     assert again[:3] == first
-    assert len(read_rows(path)) == 4
+    assert len(RowStore(path).read()) == 4
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished row was measured again")
@@ -170,6 +171,23 @@ def test_sweep_resumes(tiny: LoadedModel, ids: Tensor, tmp_path: Path, monkeypat
     assert sweep(tiny, ids, specs, path=path) == again
     with pytest.raises(AssertionError, match="measured again"):
         sweep(tiny, ids, specs, path=path, skip=100)  # another setting is another row
+
+
+def test_rows_are_files(tiny: LoadedModel, ids: Tensor, tmp_path: Path) -> None:
+    specs = grid(["tq4", "tq2"], [10])
+    lines, rows = tmp_path / "rows.jsonl", tmp_path / "rows"
+    sweep(tiny, ids, specs[:1], path=lines)  # as kvpack 0.1.0 kept them
+    seen: list[bool] = []
+    found = sweep(tiny, ids, [*specs, *specs], path=rows, on_row=lambda _, known: seen.append(known))
+    assert seen == [True, True, False]  # the first, asked for twice; the second, measured once
+    assert found[:2] == found[2:]
+    (file,) = rows.iterdir()
+    assert json.loads(file.read_text())["label"] == "tq2"
+    for damage in (b"", b'{"row": "1"', b"\xff\xfe", b"[]", file.read_bytes()[:-40]):
+        file.write_bytes(damage)
+        assert len(RowStore(rows).read()) == 1
+    assert [row.kld for row in sweep(tiny, ids, specs, path=rows)] == [row.kld for row in found[:2]]
+    assert len(list(rows.iterdir())) == 1
 
 
 def test_pareto() -> None:

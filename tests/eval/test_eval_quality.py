@@ -25,6 +25,7 @@ from kvpack.eval.quality_store import Store, figures, pack_bits, pack_floats, un
 from kvpack.eval.texts import Text, cut_places
 
 FP8 = peer("transformers fp8")
+needs_fp8 = pytest.mark.skipif(bool(FP8.missing), reason=FP8.missing)  # newer versions of transformers have it
 SPECS = [CacheSpec("tq4", window=20), CacheSpec("tq2", window=20)]
 
 
@@ -93,6 +94,7 @@ def test_a_run_goes_on_where_it_was(study: Study, found: list[Sample], tiny: Loa
         late.windows(SHORT, found, [CacheSpec("tq3", window=20)], first=100)
 
 
+@needs_fp8
 def test_tables_and_picture(study: Study, found: list[Sample], tmp_path: Path) -> None:
     feed = {"prompt": 100, "chunk": 16}
     study.held(found[0], [*SPECS, FP8], **feed)
@@ -161,6 +163,7 @@ def test_anchor_agrees_with_emulation(study: Study, found: list[Sample]) -> None
     assert a.value == pytest.approx(b.value, rel=0.2)
 
 
+@needs_fp8
 def test_what_peers_hold_is_counted(tiny: LoadedModel) -> None:
     dense = transformers.DynamicCache(config=tiny.model.config)
     for layer in range(2):
@@ -178,7 +181,7 @@ def test_what_peers_hold_is_counted(tiny: LoadedModel) -> None:
 def test_peers_run_or_say_what_is_missing(one: Peer, study: Study, found: list[Sample]) -> None:
     said: list[str] = []
     if not available([one], said.append):
-        assert "pip install 'kvpack[peers]'" in said[0]
+        assert "pip install 'kvpack[peers]'" in said[0] or "this transformers has no" in said[0]
         pytest.skip(said[0])
     study.windows("peers", found[:1], [one], first=100, prompt=100, chunk=32)
     line = next(study.store.find("window"))
@@ -226,6 +229,7 @@ def test_a_haystack_holds_its_needle(tiny: LoadedModel) -> None:
         haystack(Text("t", ("abc",)), tiny.tokenizer, 600, 0.5, 7)
 
 
+@needs_fp8
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
     doc = tmp_path / "q.md"

@@ -38,6 +38,7 @@ def test_prompt_and_decoding_in_one_graph(backend: str, rows: int, prompt: int) 
     for a, b in zip(ours.packed_layers, twin.packed_layers, strict=True):
         assert torch.equal(a.keys, b.keys)
         assert a.table.used.item() == a.table.tiles
+        assert a.stats() == b.stats()  # calls are counted inside of graphs too
     assert ours.nbytes == pytest.approx(twin.nbytes, rel=0.001)
     before = graphs()
     assert before <= 8
@@ -66,6 +67,10 @@ def test_dense_path_in_a_graph() -> None:
     ids = h.tokens(2, 180)
     ours = h.packed(model, window=16, fused=False)
     assert h.error(h.run(compiled, ours, ids, [60]), h.run(model, h.stock(model), ids, [60])) <= 1e-5
+    twin = h.packed(model, window=16, fused=False)
+    h.run(model, twin, ids, [60])
+    assert ours.stats()[0].packed_tokens_read == twin.stats()[0].packed_tokens_read > 0
+    assert set(ours.stats()[0].fallback_calls) == {"fused=False"}
 
 
 def test_padded_prompt_in_a_graph() -> None:
@@ -92,6 +97,8 @@ def test_operators() -> None:
     table = layer.table
     common = (table.addresses, table.counts, table.used)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(page_ops.decode_tiles, (*common, 1, 0, layer.layout, torch.float32, 128), test_utils=checks)
-    args = (torch.randn(2, 4, 1, 64), *common, 0, None, None, new, new, None, None, layer.layout, 0.1, 0, 0.0)
+    args = (*common, 1, 0, layer.layout, torch.float32, 128, layer.writer, "dense")
+    torch.library.opcheck(page_ops.decode_tiles, args, test_utils=checks)
+    extras = (None, None, torch.zeros(4), layer.layout, 0.1, 30.0, 0, 0.0, layer.writer)
+    args = (torch.randn(2, 4, 1, 64), *common, 0, None, None, new, new, *extras)
     torch.library.opcheck(page_ops.attend_tiles, args, test_utils=checks)

@@ -71,6 +71,39 @@ def test_values_of_negligible_tiles_stay_unread() -> None:
     assert (some.stats()[0].value_tiles_met, some.stats()[0].value_tiles_unread) == (0, 0)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_rank_packs_its_share_of_the_heads(kv_heads: int) -> None:
+    """Under tensor parallelism a cache made from the model's config is given some of its KV heads only."""
+    config = LlamaConfig(**{**h.SHAPE, "num_key_value_heads": kv_heads, "num_hidden_layers": 1})
+    generator = torch.Generator().manual_seed(5)
+    keys, values = torch.randn(2, 2, kv_heads, 300, 64, generator=generator)
+    steps = torch.randn(2, 3, 2, kv_heads, 1, 64, generator=generator)
+    queries = torch.randn(3, 2, 4, 1, 64, generator=generator)
+    mask = torch.ones(2, 1, 1, 303, dtype=torch.bool)
+    mask[1, ..., :40] = False  # left padding
+    group = 4 // kv_heads
+
+    def run(first: int, last: int) -> list[torch.Tensor]:
+        """Query heads `first` to `last`, with the KV heads that they read: without a mask, and with it."""
+        out = []
+        mine = slice(first // group, last // group)
+        cache = Cache(config, key="tq4", value="tq3", window=16)
+        cache.set_padding(mask[:, 0, 0, :300])
+        cache.update(keys[:, mine], values[:, mine], 0)
+        for step in range(3):
+            k, v = cache.update(steps[0, step][:, mine], steps[1, step][:, mine], 0)
+            q = queries[step][:, first:last]
+            out.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+            grouped = q.reshape(2, (last - first) // group, group, 64)  # as transformers packs one masked token
+            masked = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[..., : 301 + step])
+            out.append(masked.reshape(q.shape))
+        assert cache.stats()[0].fused_calls == 6
+        return out
+
+    for whole, *ranks in zip(run(0, 4), run(0, 2), run(2, 4), strict=True):
+        assert torch.equal(whole, torch.cat(ranks, dim=1))
+
+
 def test_cheap_codecs_are_not_exact() -> None:
     model = h.llama()
     ids = h.tokens(1, 300)
@@ -157,7 +190,8 @@ def test_what_cannot_be_fused_decodes_and_is_counted(reason: str, options: dict[
     heads = 2 if reason != "query heads" else 1  # one query head, two KV heads: torch repeats the query
     query = torch.randn(1, heads, 1, 64, requires_grad=reason == "gradients")
     torch.manual_seed(0)
-    got = F.scaled_dot_product_attention(query, key, value, **options)
+    with pytest.warns(UserWarning, match=rf"layer 0 were decoded .*\({reason}\)"):
+        got = F.scaled_dot_product_attention(query, key, value, **options)
     assert key.call.layer.stats().fallback_calls == {reason: 1}
     torch.manual_seed(0)
     assert torch.equal(got, reference(query, key, value, **options))
@@ -218,6 +252,7 @@ def test_inference_mode_and_back() -> None:
     assert h.error(got[1:], want[:, 220:]) <= 1e-4
 
 
+@pytest.mark.filterwarnings(h.DECODED)
 def test_float64_needs_the_dense_path() -> None:
     model = h.build(type(h.llama()), h.llama().config).double()
     ids = h.tokens(1, 200)

@@ -44,6 +44,7 @@ def test_metadata_decodes_nothing(pair: tuple[Any, Any]) -> None:
     assert key.call.layer.stats().fallback_calls == {}
 
 
+@pytest.mark.filterwarnings(h.DECODED)
 def test_anything_else_decodes_once(pair: tuple[Any, Any]) -> None:
     key, value = pair
     dense = key.call.dense(0)
@@ -80,11 +81,13 @@ def test_it_cannot_be_written(pair: tuple[Any, Any]) -> None:
             write()
 
 
+@pytest.mark.filterwarnings(h.DECODED)
 def test_it_is_not_a_truth_value(pair: tuple[Any, Any]) -> None:
     with pytest.raises(RuntimeError, match="ambiguous"):
         bool(pair[0])
 
 
+@pytest.mark.filterwarnings(h.DECODED)
 def test_foreign_code(pair: tuple[Any, Any]) -> None:
     """What goes through torch gets the dense tensor; what takes memory behind its back fails."""
     key = pair[0]
@@ -93,6 +96,7 @@ def test_foreign_code(pair: tuple[Any, Any]) -> None:
         torch.utils.dlpack.from_dlpack(key)
 
 
+@pytest.mark.filterwarnings(h.DECODED)
 def test_handles_of_two_layers_do_not_mix() -> None:
     cache = h.packed(h.llama())
     key, _ = handles(cache)

@@ -135,6 +135,7 @@ def test_chunks_of_nothing_but_padding(chunk: int) -> None:
     assert h.error(got[1, 170:], want[0]) <= 1e-4
 
 
+@pytest.mark.filterwarnings(h.DECODED)
 def test_eager_attention_is_told() -> None:
     model = h.llama(2, "eager")
     prompt, mask = h.padded(LENGTHS)

@@ -50,7 +50,7 @@ def test_metadata() -> None:
     installed()
     metadata = importlib.metadata.metadata("kvpack")
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"torch", "hf", "cli", "peers", "test", "all"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"torch", "hf", "cli", "peers", "ray", "test", "all"}
     assert [line for line in metadata.get_all("Requires-Dist") or [] if "extra" not in line] == ["numpy>=1.26"]
 
 

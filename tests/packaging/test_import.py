@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -48,24 +49,80 @@ print("fine")
     assert run(code, "torch", "transformers") == "fine\n"
 
 
-@pytest.mark.parametrize(
-    ("expression", "extra", "missing"),
-    [
-        ("kvpack.Cache", "kvpack[hf]", ("torch", "transformers")),
-        ("kvpack.Cache", "kvpack[hf]", ("transformers",)),
-        ("kvpack.nbytes", "kvpack[hf]", ("torch",)),
-        ("kvpack.ops", "kvpack[torch]", ("torch",)),
-    ],
+TORCH = ("kvpack.ops", "from kvpack.ops import attend")
+HF = (
+    "kvpack.Cache",
+    "kvpack.nbytes",
+    "from kvpack.hf import PackedLayer",
+    "kvpack.eval.load_model('random')",
+    "kvpack.eval.random_model()",
 )
-def test_the_error_names_the_extra(expression: str, extra: str, missing: tuple[str, ...]) -> None:
+
+
+@pytest.mark.parametrize("missing", [("torch", "transformers"), ("torch",), ("transformers",)], ids=" ".join)
+def test_the_error_names_the_extra(missing: tuple[str, ...]) -> None:
+    """The first package that is missing, and the extra that brings it."""
     code = f"""
 import kvpack
-try:
-    {expression}
-except ImportError as error:
-    print(error)
+for statement in {(*TORCH, *HF)}:
+    try:
+        exec(statement)
+    except ImportError as error:
+        print(error)
+    else:
+        print("fine")
 """
-    assert extra in run(code, *missing)
+    said = run(code, *missing).splitlines()
+    assert len(said) == len(TORCH) + len(HF)
+    for line in said[: len(TORCH)]:
+        assert line == ("kvpack.ops needs torch: pip install 'kvpack[torch]'" if "torch" in missing else "fine")
+    for line in said[len(TORCH) :]:
+        assert line.endswith(tuple(f" needs {name}: pip install 'kvpack[hf]'" for name in missing)), line
+
+
+def test_operators_work_without_transformers() -> None:
+    code = """
+import torch, kvpack
+assert kvpack.ops.native
+x = torch.randn(2, 100, 64)
+codec = kvpack.codec("tq4", head_dim=64, side="key")
+assert ((codec.decode(codec.encode(x)) - x) ** 2).mean() < 0.02
+assert kvpack.ops.rotate(x).shape == x.shape
+print("fine")
+"""
+    assert run(code, "transformers") == "fine\n"
+
+
+def test_a_transformers_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    from kvpack.hf import compat
+
+    monkeypatch.setattr(transformers, "__version__", "5.15.1")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.16 or newer, and 5\.15\.1 is installed: pip install"):
+        importlib.reload(compat)
+    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+    importlib.reload(compat)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["codecs"], ["codecs", "--json"], ["doctor"], ["doctor", "--json"]])
+def test_commands_that_need_no_torch(arguments: list[str]) -> None:
+    pytest.importorskip("typer")
+    code = f"sys.argv = ['kvpack', *{arguments}]\nfrom kvpack.cli import main\nmain()"
+    assert "tq4" in run(code, "torch", "transformers") or arguments == ["--help"]
+
+
+def test_commands_name_the_extra() -> None:
+    pytest.importorskip("typer")
+    code = """
+from typer.testing import CliRunner
+from kvpack.cli.app import app
+for words in ("ppl tq4", "sweep", "demo", "allocate", "bench", "doctor --model x"):
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 3, (words, result.output)
+    assert "pip install 'kvpack[hf]'" in result.stderr, (words, result.stderr)
+    assert "Traceback" not in result.output
+"""
+    run(code, "torch", "transformers")
 
 
 def test_the_command_says_what_it_needs() -> None:

@@ -19,7 +19,7 @@ from .paths import CSRC, PYTHON, files, name
 
 # Which parts of kvpack each part may import. "" stands for the modules beside __init__.py; `_core` is the compiled
 # core. Imports inside functions count: an arrow that is followed late is still an arrow.
-SURFACE = {"_version", "_core", "isa", "spec", "codec", "policy"}
+SURFACE = {"_extras", "_version", "_core", "isa", "spec", "codec", "policy"}
 ALLOWED: dict[str, set[str]] = {
     "reference": {"reference"},
     "ops": {"ops", "reference"} | SURFACE,
@@ -30,6 +30,8 @@ ALLOWED: dict[str, set[str]] = {
 # The public names of `kvpack` itself, by where they live: `from kvpack import Cache` is an arrow to hf.
 HOMES = {
     "Cache": "hf",
+    "disable": "hf",
+    "enable": "hf",
     "nbytes": "hf",
     "codecs": "codec",
     "Codec": "codec",

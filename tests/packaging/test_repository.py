@@ -25,6 +25,24 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert {project, python[1], cmake[1], changelog[1]} == {project}
 
 
+def test_the_oldest_transformers_is_the_same_everywhere() -> None:
+    """What the package asks for, what is tested, what the code looks for, and what the README says."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [line for line in project["optional-dependencies"]["hf"] if line.startswith("transformers")]
+    pinned = re.search(
+        r"^transformers==(\d+)\.(\d+)", (ROOT / "requirements/oldest.txt").read_text("utf-8"), re.MULTILINE
+    )
+    code = re.search(r"^OLDEST = \((\d+), (\d+)\)", (PYTHON / "hf/compat.py").read_text("utf-8"), re.MULTILINE)
+    readme = re.search(
+        r"^\| transformers \| (\d+)\.(\d+) and newer", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert pinned is not None
+    assert code is not None
+    assert readme is not None
+    assert asked == ["transformers>=" + ".".join(pinned.groups())]
+    assert pinned.groups() == code.groups() == readme.groups()
+
+
 def test_torch_is_no_build_requirement() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
     assert not [line for line in build if line.startswith("torch")]

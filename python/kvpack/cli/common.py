@@ -1,8 +1,7 @@
 """What the commands share: options, errors and exit codes, progress, and how figures are written.
 
-Exit codes: 0 done; 1 failed; 2 a value that is not allowed; 3 a model or text that is not to be had; 4
-refused, because nothing went through the codec; 130 interrupted. Results go to stdout, everything else to
-stderr.
+Exit codes: 0 done; 1 failed; 2 a value that is not allowed; 3 a model, a text or a package is not to be had; 4 refused,
+because nothing went through the codec; 130 interrupted. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -18,7 +17,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvpack.eval.errors import MeasureError, ModelUnavailableError, NothingPackedError, TextUnavailableError
+from kvpack._extras import MissingExtraError, needed
+from kvpack.eval.errors import (
+    MeasureError,
+    ModelUnavailableError,
+    NothingPackedError,
+    RayUnavailableError,
+    TextUnavailableError,
+)
 from kvpack.eval.formats import figure as figure
 from kvpack.eval.formats import kld as kld
 from kvpack.eval.formats import number as number
@@ -63,7 +69,8 @@ def command(function: Command) -> Command:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with needed(f"kvpack {function.__name__}", "hf"):
+                function(*args, **kwargs)
         except typer.Exit:
             raise
         except KeyboardInterrupt:
@@ -84,7 +91,7 @@ def command(function: Command) -> Command:
 def code_of(error: Exception) -> int:
     if isinstance(error, NothingPackedError):
         return REFUSED
-    if isinstance(error, (ModelUnavailableError, TextUnavailableError)):
+    if isinstance(error, (ModelUnavailableError, TextUnavailableError, RayUnavailableError, MissingExtraError)):
         return UNAVAILABLE
     return BAD_VALUE if isinstance(error, ValueError) else FAILED
 

@@ -1,7 +1,10 @@
-"""`kvpack sweep`: codecs x windows, a table and a Pareto picture; resumable."""
+"""`kvpack sweep`: codecs x windows, a table and a Pareto picture; resumable, and side by side on Ray."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +34,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from kvpack.eval import RayFarm
     from kvpack.eval.results import Divergence
 
 
@@ -49,9 +53,17 @@ def sweep(
     skip: SkipOption = None,
     chunk: ChunkOption = None,
     dtype: DtypeOption = "float32",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for rows.jsonl and pareto.png.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for rows/, a file each, and pareto.png.")] = Path(
         "kvpack-sweep"
     ),
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Side by side, on the Ray cluster at RAY_ADDRESS or on this machine.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="With --ray: processes, each with its model [default: all CPUs]."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="With --ray: threads of each [1].")] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -61,15 +73,19 @@ def sweep(
     from kvpack.eval.modes import check_mode
 
     check_mode(mode, chunk)
+    for option, wanted in (("--workers", workers), ("--threads", threads)):
+        if wanted is not None and not ray:
+            raise ValueError(f"{option} {wanted} is for sweeps with --ray only")
     specs = measure.grid(codec_list(codecs), int_list(windows, "window"), sinks=sinks)
     source = measure.load_text(text)
-    taken: list[bool] = []
-    with Reporter() as report:
+    taken: set[int] = set()
+    with Reporter() as report, _farm(ray, workers, threads) as farm:
         loaded = measure.load_model(model, dtype, say=report.say)
         cut = measure.cut_windows(source, loaded.tokenizer, length, count)
 
         def on_row(row: Divergence, known: bool) -> None:
-            taken.append(known)
+            if known:
+                taken.add(id(row))
             state = "taken over" if known else f"{row.seconds:.0f} s"
             report.say(f"{row.label}, window {row.window}: KLD {kld(row.kld)} ({state})")
 
@@ -81,7 +97,8 @@ def sweep(
             prompt=prompt,
             chunk=chunk,
             skip=skip,
-            path=out / "rows.jsonl",
+            path=out / "rows",
+            farm=farm,
             progress=report.progress,
             on_row=on_row,
         )
@@ -91,16 +108,27 @@ def sweep(
     picture = out / "pareto.png"
     drawn = draw_pareto(rows, bits, picture)
     if json:
-        said = [
-            {**row.to_json(), "bits": b, "taken_over": known} for row, b, known in zip(rows, bits, taken, strict=True)
-        ]
-        print_json({"rows": said, "jsonl": str(out / "rows.jsonl"), "picture": str(picture) if drawn else None})
+        said = [{**row.to_json(), "bits": b, "taken_over": id(row) in taken} for row, b in zip(rows, bits, strict=True)]
+        print_json({"rows": said, "directory": str(out / "rows"), "picture": str(picture) if drawn else None})
         return
     console = output()
     console.print(sweep_table(rows, bits))
-    console.print(f"rows: {out / 'rows.jsonl'}" + (f"   picture: {picture}" if drawn else ""), markup=False)
+    console.print(f"rows: {out / 'rows'}" + (f"   picture: {picture}" if drawn else ""), markup=False)
     if not drawn:
         console.print("no picture: pip install matplotlib")
+
+
+@contextmanager
+def _farm(ray: bool, workers: int | None, threads: int | None) -> Iterator[RayFarm | None]:
+    """Where rows are measured side by side; None: here, one after the other."""
+    if not ray:
+        yield None
+        return
+    from kvpack.eval import RayFarm
+
+    # Ray tells of dead workers on stdout, which is for results.
+    with redirect_stdout(sys.stderr), RayFarm(workers, threads or 1) as farm:
+        yield farm
 
 
 def sweep_table(rows: list[Divergence], bits: list[float]) -> object:

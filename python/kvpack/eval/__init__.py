@@ -2,7 +2,7 @@
 
     perplexity, divergence   one cache, one of four named modes (kvpack.eval.modes)
     agreement                of two modes with each other
-    sweep, grid              many caches, resumable
+    sweep, grid, RayFarm     many caches, resumable, side by side
     decode_speed, prefill    tokens per second against the stock cache, paired
     load_model, load_text    the default model and text, or yours
 
@@ -14,14 +14,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvpack._extras import needed
+
 if TYPE_CHECKING:
     from .agree import agreement as agreement
     from .cachespec import CacheSpec as CacheSpec
     from .errors import EmulationError as EmulationError
+    from .errors import IncompleteSweepError as IncompleteSweepError
     from .errors import MeasureError as MeasureError
     from .errors import ModelUnavailableError as ModelUnavailableError
     from .errors import NothingPackedError as NothingPackedError
+    from .errors import RayUnavailableError as RayUnavailableError
     from .errors import TextUnavailableError as TextUnavailableError
+    from .errors import WorkerDiedError as WorkerDiedError
     from .measure import divergence as divergence
     from .measure import perplexity as perplexity
     from .measure import task as task
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from .models import load_model as load_model
     from .models import random_model as random_model
     from .modes import MODES as MODES
+    from .ray_farm import RayFarm as RayFarm
     from .results import Divergence as Divergence
     from .results import Perplexity as Perplexity
     from .speed import DecodeSpeed as DecodeSpeed
@@ -44,13 +50,17 @@ _HOME = {
     "DecodeSpeed": "speed",
     "Divergence": "results",
     "EmulationError": "errors",
+    "IncompleteSweepError": "errors",
     "Interval": "metrics",
     "MODES": "modes",
     "MeasureError": "errors",
     "ModelUnavailableError": "errors",
     "NothingPackedError": "errors",
     "Perplexity": "results",
+    "RayFarm": "ray_farm",
+    "RayUnavailableError": "errors",
     "TextUnavailableError": "errors",
+    "WorkerDiedError": "errors",
     "agreement": "agree",
     "cut_windows": "texts",
     "decode_speed": "speed",
@@ -71,9 +81,5 @@ __all__ = [*_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needed(f"kvpack.eval.{name}", "hf"):
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "kvpack").partition(".")[0] == "kvpack":
-            raise
-        raise ImportError(f"kvpack.eval.{name} needs {error.name}: pip install 'kvpack[hf]'") from error

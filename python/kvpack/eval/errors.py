@@ -21,3 +21,15 @@ class ModelUnavailableError(MeasureError):
 
 class TextUnavailableError(MeasureError):
     """A text could not be found or is too short for the windows that were asked of it."""
+
+
+class RayUnavailableError(MeasureError):
+    """Work was to be spread with Ray, which is not installed or does not start."""
+
+
+class WorkerDiedError(MeasureError):
+    """A worker process ended before its task did."""
+
+
+class IncompleteSweepError(MeasureError):
+    """Some rows of a sweep could not be measured; the others are kept."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvpack._extras import needed
+
 from .errors import ModelUnavailableError
 
 DEFAULT = "default"
@@ -106,7 +108,8 @@ def cache_dir() -> Path:
 
 def torch_dtype(name: str) -> Any:
     """The torch dtype called `name` (one of DTYPES). ValueError names what is allowed."""
-    import torch
+    with needed("kvpack.eval", "hf"):
+        import torch
 
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
@@ -129,8 +132,9 @@ def random_model(dtype: str = "float32", *, layers: int = 4, seed: int = 0, **si
     The query and key projections are drawn wide, so that attention is peaked and quantization has an effect.
     `sizes` overrides config fields (hidden_size, num_attention_heads, num_key_value_heads, ...).
     """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with needed("kvpack.eval.random_model", "hf"):
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     fields: dict[str, int] = {
         "hidden_size": 192,
@@ -187,10 +191,8 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", *, say: Say = quiet)
         path = path.parent
     source = str(path) if local else name
     say(f"loading {label}")
-    try:
+    with needed("kvpack.eval.load_model", "hf"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ModelUnavailableError(f"measuring a model needs transformers: {error}") from error
     try:
         with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=want, local_files_only=local, **extra)

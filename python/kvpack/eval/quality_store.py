@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from . import metrics
 from .measure import summary
 from .metrics import TokenScores
-from .sweeps import append_row
+from .row_store import append_row
 
 Line = dict[str, Any]
 

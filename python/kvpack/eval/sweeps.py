@@ -1,5 +1,5 @@
-"""`sweep`: many codecs and windows on one text; finished rows are kept in a JSONL file and skipped on a
-rerun.
+"""`sweep`: many codecs and windows on one text, one after the other or side by side; finished rows are kept on disk
+and skipped on a rerun.
 """
 
 from __future__ import annotations
@@ -7,13 +7,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import farm as farms
 from .cachespec import CacheSpec
-from .measure import Task, divergence, task
-from .modes import Progress, check_mode, no_progress
-from .results import Divergence, divergence_from
+from .errors import IncompleteSweepError
+from .measure import Task, check_packed, divergence, task
+from .modes import Progress, Reference, check_mode, no_progress
+from .results import Divergence
+from .row_store import RowStore
 
 
 def row_key(work: Task, spec: CacheSpec, mode: str, chunk: int) -> str:
@@ -44,27 +48,6 @@ def fingerprint(model: Any) -> bytes:
     return b"".join(p.detach().flatten()[:16].float().cpu().numpy().tobytes() for p in chosen)
 
 
-def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished rows by key; a last line that was cut off is ignored."""
-    found: dict[str, dict[str, Any]] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                divergence_from(row)
-                found[str(row["row"])] = row
-            except (ValueError, KeyError, TypeError):
-                continue
-    return found
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_off = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut_off else "") + json.dumps(row, allow_nan=False) + "\n")
-
-
 def grid(codecs: Iterable[str], windows: Iterable[int], sinks: int = 4, **options: Any) -> list[CacheSpec]:
     """Every codec ("tq4" or "tq4/tq3") with every window, in this order; a policy (a preset's name, or the path of a
     .json file) once, with its own window and sinks.
@@ -78,6 +61,46 @@ def grid(codecs: Iterable[str], windows: Iterable[int], sinks: int = 4, **option
     return out
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What the rows of a sweep have in common. Called, it gives the function that measures a cache: the exact model's
+    results are computed once for all that it measures. A worker process is sent this, and calls it.
+    """
+
+    model: Any
+    ids: Any
+    mode: str
+    prompt: int
+    chunk: int
+    skip: int | None
+    confidence: float
+    shared: int  # tokens of `Task.common_start`
+    progress: Progress = no_progress
+
+    def __call__(self) -> Callable[[CacheSpec], Divergence]:
+        reference: Reference | None = None
+
+        def measure(spec: CacheSpec) -> Divergence:
+            nonlocal reference
+            if reference is None:
+                work = task(self.model, self.ids, prompt=self.prompt, skip=self.skip)
+                reference = work.reference(shared=self.shared)
+            return divergence(
+                self.model,
+                self.ids,
+                spec,
+                self.mode,
+                prompt=self.prompt,
+                chunk=self.chunk,
+                skip=self.skip,
+                confidence=self.confidence,
+                reference=reference,
+                progress=self.progress,
+            )
+
+        return measure
+
+
 def sweep(
     model: Any,
     ids: Any,
@@ -89,47 +112,81 @@ def sweep(
     skip: int | None = None,
     confidence: float = 0.95,
     path: str | Path | None = None,
+    farm: farms.Farm | None = None,
     progress: Progress = no_progress,
     on_row: Callable[[Divergence, bool], None] | None = None,
 ) -> list[Divergence]:
     """`divergence` of every cache (see CacheSpec.of) on the same windows; the exact model is computed once.
 
-    path: a JSONL file; rows found there under the same `row_key` are taken over, new ones are appended as
-    they finish. on_row(result, taken over) is called for every row. Arguments and errors otherwise as
-    `divergence`.
+    path: a directory, which gets a file for each row, or a file that ends in .jsonl, which gets a line. Rows found
+    there under the same `row_key` are taken over, new ones are written as they finish. farm: workers that measure side
+    by side, each with a copy of model and windows (`kvpack.eval.ray_farm.RayFarm`); without one, rows are measured
+    here, one after the other. on_row(result, taken over) is called for every row: those that are taken over first, the
+    others as they finish.
+
+    Arguments and errors otherwise as `divergence`; with a farm, IncompleteSweepError when all that could be measured
+    is, and some rows could not.
     """
     chunk = check_mode(mode, chunk)
     work = task(model, ids, prompt=prompt, skip=skip)
     specs = [CacheSpec.of(cache) for cache in caches]
-    file = Path(path) if path is not None else None
-    done = read_rows(file) if file else {}
-    reference = None
-    results: list[Divergence] = []
-    for spec in specs:
-        key = row_key(work, spec, mode, chunk)
-        if key in done:
-            result, taken = divergence_from(done[key]), True
-        else:
-            reference = reference or work.reference(shared=work.common_start(specs, mode))
-            taken = False
-            result = divergence(
-                model,
-                ids,
-                spec,
-                mode,
-                prompt=prompt,
-                chunk=chunk,
-                skip=skip,
-                confidence=confidence,
-                reference=reference,
-                progress=progress,
-            )
-            if file:
-                append_row(file, {"row": key, **result.to_json()})
-        results.append(result)
+    keys = [row_key(work, spec, mode, chunk) for spec in specs]
+    store = RowStore(Path(path)) if path is not None else None
+    rows = store.read() if store else {}
+    if on_row:
+        for key in keys:
+            if key in rows:
+                on_row(rows[key], True)
+    # Of two equal rows, one is measured.
+    left = {key: spec for key, spec in zip(keys, specs, strict=True) if key not in rows}
+    for spec in left.values():  # before any work
+        check_packed(work, spec, mode, chunk)
+
+    def finished(key: str, row: Divergence) -> None:
+        rows[key] = row
+        if store:
+            store.add(key, row)
         if on_row:
-            on_row(result, taken)
-    return results
+            on_row(row, False)
+
+    shared = work.common_start(specs, mode)
+    measuring = Measuring(model, ids, mode, prompt, chunk, skip, confidence, shared, no_progress if farm else progress)
+    if farm is None:
+        measure = measuring()
+        for key, spec in left.items():
+            finished(key, measure(spec))
+    elif left:
+        _side_by_side(farm, measuring, left, finished, progress, path)
+    return [rows[key] for key in keys]
+
+
+def _side_by_side(
+    farm: farms.Farm,
+    measuring: Measuring,
+    left: dict[str, CacheSpec],
+    finished: Callable[[str, Divergence], None],
+    progress: Progress,
+    path: str | Path | None,
+) -> None:
+    keys, specs = list(left), list(left.values())
+    what = f"sweep on {min(farm.workers, len(specs))} workers"
+    done = 0
+
+    def on_result(index: int, row: Divergence) -> None:
+        nonlocal done
+        done += 1
+        progress(what, done, len(specs))
+        finished(keys[index], row)
+
+    progress(what, 0, len(specs))
+    failed = farms.run(farm, measuring, specs, on_result)
+    if failed:
+        index = min(failed)
+        raise IncompleteSweepError(
+            f"{len(failed)} of {len(specs)} rows were not measured; the first, {specs[index].label} with window "
+            f"{specs[index].window}: {failed[index]}."
+            + (f" The others are in {path}: run the sweep again to try these once more" if path is not None else "")
+        ) from failed[index]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

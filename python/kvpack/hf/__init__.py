@@ -4,17 +4,25 @@
 * layer.py: PackedLayer, the stock interface of one layer, and what it learns of padding
 * store.py: Store, where its tokens lie: sinks, tiles, window
 * call.py: Call, what one update attends to
+* attention.py: enable and disable, the attention implementation "kvpack"
 * handle.py: Handle, stands for that in place of a tensor, and turns attention into the fused one
 * padding.py: left padding, and the order of tokens it leads to
 * pages.py: Page and PageTable, packed storage, shared copy-on-write
 * page_ops.py: packing as one step of a compiled graph
 * memory.py: what caches weigh
+* support.py: what a config tells: packed layers, fused attention
+* compat.py: what differs between versions of transformers
 """
 
-from .cache import Cache
-from .handle import Handle
-from .layer import PackedLayer
-from .memory import nbytes
-from .stats import LayerStats
+from kvpack._extras import needed
 
-__all__ = ["Cache", "Handle", "LayerStats", "PackedLayer", "nbytes"]
+with needed("kvpack.hf (kvpack.Cache, kvpack.enable, ...)", "hf"):
+    from . import compat as compat
+    from .attention import disable, enable
+    from .cache import Cache
+    from .handle import Handle
+    from .layer import PackedLayer
+    from .memory import nbytes
+    from .stats import LayerStats
+
+__all__ = ["Cache", "Handle", "LayerStats", "PackedLayer", "disable", "enable", "nbytes"]

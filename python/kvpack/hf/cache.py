@@ -11,20 +11,16 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache as StockCache
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from kvpack import ops, spec
 from kvpack.policy import SINKS, WINDOW, Policy
 from kvpack.spec import CodecSpec
 
-from . import checks, memory, padding
+from . import checks, compat, memory, padding, support
 from .layer import PackedLayer
 from .stats import LayerStats
 
-_PACKED = "full_attention"
 _PRECISIONS = ("default", "high")
-# Config attributes that say: `head_dim` is not the size of the cached vectors of every layer.
-_OTHER_HEAD_SIZES = ("global_head_dim", "attention_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
 class Cache(StockCache):  # type: ignore[misc]
@@ -78,8 +74,8 @@ class Cache(StockCache):  # type: ignore[misc]
         if getattr(config, "is_encoder_decoder", False) and not encoder_decoder:
             raise ValueError(
                 f"{_model(config)} is an encoder-decoder: it would store cross-attention in a bare cache, "
-                "and be silently wrong. Use kvpack.Cache.for_encoder_decoder(config, ...), which is "
-                "EncoderDecoderCache(kvpack.Cache(config, ..., encoder_decoder=True), DynamicCache())"
+                "and be silently wrong. Use kvpack.Cache.for_encoder_decoder(config, ...), an EncoderDecoderCache of "
+                "kvpack.Cache(config, ..., encoder_decoder=True) and DynamicCache()"
             )
         policy = _policy(policy, key, value, window, sinks)
         if precision not in _PRECISIONS:
@@ -87,10 +83,10 @@ class Cache(StockCache):  # type: ignore[misc]
         if isinstance(sparse_values, bool) or not 0.0 <= sparse_values < 1.0:
             raise ValueError(f"sparse_values={sparse_values!r} is not allowed: a share, 0 to below 1")
 
-        text = config.get_text_config(decoder=True)
-        types, kwargs = get_layer_types_and_kwargs(text)
+        known = support.layers(config)
         layers: list[Any] = []
         stock: dict[str, list[int]] = {}
+        warned: set[str] = set()
         first = None
         if not policy.sinks and any(spec.parse(c).center not in (None, "none") for c in policy.names()):
             warnings.warn(
@@ -98,12 +94,11 @@ class Cache(StockCache):  # type: ignore[misc]
                 "nothing, or worse (docs/quality.md)",
                 stacklevel=2,
             )
-        policy.check(len(types))
-        for index, (kind, options, own) in enumerate(zip(types, kwargs, text.per_layer_config, strict=True)):
-            why = _why_stock(kind, own)
+        policy.check(len(known))
+        for index, (kind, why, options, own) in enumerate(known):
             if why is not None:
                 stock.setdefault(why, []).append(index)
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                layers.append(compat.stock_layer(kind, options))
                 continue
             first = index if first is None else first
             key, value = policy.codecs(index)
@@ -120,18 +115,19 @@ class Cache(StockCache):  # type: ignore[misc]
                     precision=_PRECISIONS.index(precision),
                     sparse_values=float(sparse_values),
                     index=index,
-                    query_heads=getattr(own, "num_attention_heads", None),
                     guards_prompt=index == first,
+                    warned=warned,
                 )
             )
         if first is None:
             raise ValueError(f"nothing to pack in {_model(config)}: {_listing(stock)}")
-        policy.check(len(types), {layer.index for layer in layers if isinstance(layer, PackedLayer)})
+        policy.check(len(known), {layer.index for layer in layers if isinstance(layer, PackedLayer)})
         if stock:
             warnings.warn(f"kvpack: not packed in {_model(config)}: {_listing(stock)}", stacklevel=2)
         super().__init__(layers=layers)
         self.policy = policy
         self._model_name = _model(config)
+        self._kinds = [(layer.type, layer.why) for layer in known]
         if attention_mask is not None:
             self.set_padding(attention_mask)
 
@@ -139,10 +135,10 @@ class Cache(StockCache):  # type: ignore[misc]
     def for_encoder_decoder(cls, config: Any, *args: Any, **options: Any) -> EncoderDecoderCache:
         """The cache of an encoder-decoder: packed self-attention, stock cross-attention.
 
-        Arguments as of `Cache`. `crop` and the `batch_*` methods of `EncoderDecoderCache` insist on stock
-        caches and refuse; those of its two halves work.
+        Arguments as of `Cache`. Unlike transformers' own class, which insists on stock caches for `crop` and the
+        `batch_*` methods, it passes them on.
         """
-        return EncoderDecoderCache(cls(config, *args, encoder_decoder=True, **options), DynamicCache())
+        return _EncoderDecoder(cls(config, *args, encoder_decoder=True, **options), DynamicCache())
 
     def __repr__(self) -> str:
         packed = self.packed_layers
@@ -174,8 +170,13 @@ class Cache(StockCache):  # type: ignore[misc]
         return memory.memory(self)
 
     def stats(self) -> list[LayerStats]:
-        """What happened in each packed layer since the cache was made or reset."""
-        return [layer.stats() for layer in self.packed_layers]
+        """Every layer of the model: what happened in it since the cache was made or reset, or why it is not packed."""
+        return [
+            layer.stats()
+            if isinstance(layer, PackedLayer)
+            else LayerStats(layer=index, type=kind, packed=False, why=f"{why}: the stock class serves it")
+            for index, (layer, (kind, why)) in enumerate(zip(self.layers, self._kinds, strict=True))
+        ]
 
     def set_padding(self, mask: Tensor) -> None:
         """Tell which leading positions of each row are padding, before the prompt is run.
@@ -196,17 +197,15 @@ class Cache(StockCache):  # type: ignore[misc]
         super().crop(tokens_to_remove)
 
 
+class _EncoderDecoder(EncoderDecoderCache):  # type: ignore[misc]
+    """An `EncoderDecoderCache` that crops and selects rows, as both of its halves can."""
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """The stock check for `DynamicCache`."""
+
+
 def _model(config: Any) -> str:
     return f"a {getattr(config, 'model_type', '') or type(config).__name__} model"
-
-
-def _why_stock(kind: str, config: Any) -> str | None:
-    """Why a layer keeps the stock class, or None if it is packed."""
-    if kind != _PACKED:
-        return kind
-    if getattr(config, "kv_lora_rank", None) is not None:
-        return "MLA latents (kv_lora_rank)"
-    return None
 
 
 def _listing(stock: Mapping[str, list[int]]) -> str:
@@ -242,21 +241,13 @@ def _policy(
 
 
 def _check_head_size(layer: int, config: Any, specs: tuple[CodecSpec, CodecSpec]) -> None:
-    """ValueError early, where the config already tells that a layer's head size cannot be packed.
-
-    The first keys and values have the last word, see `checks.layout`.
-    """
-    if any(getattr(config, name, None) is not None for name in _OTHER_HEAD_SIZES):
+    """ValueError early, where the config already tells that a layer's head size cannot be packed."""
+    sizes = support.head_sizes(config)
+    if sizes is None:
         return
-    size = getattr(config, "head_dim", None)
-    if size is None:
-        heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-        if not heads or not hidden or hidden % heads:
-            return
-        size = hidden // heads
     for side, codec in enumerate(specs):
         try:
-            ops.side_bytes(codec.code(), size, side)
+            ops.side_bytes(codec.code(), sizes[side], side)
         except ValueError as error:
             name = "key" if side == 0 else "value"
             raise ValueError(f"layer {layer} cannot be packed with {name} codec {codec}: {error}") from error

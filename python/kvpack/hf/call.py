@@ -76,12 +76,19 @@ class Call:
                 keys, values = keys[:, :, : layer.sink_count], values[:, :, : layer.sink_count]
             self.sinks = (keys, values)
 
-    def check(self) -> None:
-        """RuntimeError if the layer changed what this call refers to."""
+    def check(self, is_causal: bool = False, count: int = 0) -> None:
+        """RuntimeError if the layer changed what this call refers to, or for a causal mask of `count` queries that
+        is not this cache's.
+        """
         if not torch.compiler.is_compiling() and self.layer.epoch != self.epoch:
             raise RuntimeError(
                 f"keys and values of layer {self.layer.index} were used after the cache was cropped, "
                 "reordered, selected, repeated or reset; take them from a new update() instead"
+            )
+        if is_causal and count != self.length:
+            raise RuntimeError(
+                f"layer {self.layer.index}: is_causal=True with {count} queries and {self.length} keys: torch "
+                "aligns that mask to the first key, which hides most of the cache; pass an explicit mask"
             )
 
     @property
@@ -92,15 +99,21 @@ class Call:
             self._exact = (keys[:, :, : self.count], values[:, :, : self.count])
         return self._exact
 
-    def dense(self, side: int) -> Tensor:
-        """Keys (0) or values (1) as the stock cache would return them, [B, Hkv, S, d], decoded."""
+    def dense(self, side: int, reason: str = "") -> Tensor:
+        """Keys (0) or values (1) as the stock cache would return them, [B, Hkv, S, d], decoded.
+
+        reason: what needs them, for `Cache.stats()`; a call is counted once, and in graphs for its keys.
+        """
+        if reason and not torch.compiler.is_compiling() and not self.told and not self.whole:
+            self.told = True
+            self.layer.count_fallback(self.packed, reason)
         self.check()
         exact = self.exact[side]
         if self.whole:
             return exact
         stream = exact
         if self.packed:
-            decoded = self._decode(side, exact.dtype)
+            decoded = self._decode(side, exact.dtype, reason if side == KEY else "")
             stream = torch.cat((decoded, exact), dim=2)
         if self.sinks is None:
             return stream
@@ -121,35 +134,46 @@ class Call:
         assert used is not None
         return used
 
-    def _decode(self, side: int, dtype: torch.dtype) -> Tensor:
+    def _decode(self, side: int, dtype: torch.dtype, reason: str) -> Tensor:
         addresses, counts = self._tables()
         layout = self.layer.layout
         fast = dtype if dtype in _FUSED_DTYPES else torch.float32
         if torch.compiler.is_compiling():
             args = (addresses, counts, self._used(), self.fresh, side, layout, fast, self.packed)
-            decoded: Tensor = page_ops.decode_tiles(*args)
+            decoded: Tensor = page_ops.decode_tiles(*args, self.layer.writer, reason)
         else:
             decoded = ops.decode_pages(addresses, self.layer.table.first(self.tiles), side, layout, fast)
         return decoded.to(dtype)
 
-    def obstacle(self, query: Tensor, mask: Tensor | None, dropout: float) -> str | None:
+    def obstacle(
+        self, query: Tensor, mask: Tensor | None, dropout: float, is_causal: bool, logits: Tensor | None = None
+    ) -> str | None:
         """Why a query cannot take the fused path, or None if it can."""
         if dropout > 0.0:
             return "dropout"
-        if torch.is_grad_enabled() and (query.requires_grad or (mask is not None and mask.requires_grad)):
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, mask, logits)):
             return "gradients"
-        if query.dtype not in _FUSED_DTYPES or query.dtype != self.buffers[KEY].dtype:
-            return f"query of {query.dtype}"
-        if query.dim() != 4 or query.shape[0] != self.buffers[KEY].shape[0]:
+        dtype = query.dtype
+        if dtype != self.layer.dtype or dtype not in _FUSED_DTYPES:
+            return f"query of {dtype}"
+        if query.dim() != 4 or query.shape[0] != self.layer.batch:
             return "query of another batch size"
-        return None
+        return "is_causal" if is_causal else None
 
-    def attend(self, query: Tensor, n_rep: int, mask: Tensor | None, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         """Fused attention of query [B, H, q, dk] over everything; result [B, H, q, dv].
 
         H is a multiple of the KV heads. Transformers also passes one token of grouped query heads as
-        [B, Hkv, n_rep, dk]; where all rows of a head see the same positions, rows and grouped heads are the
-        same thing, and the second form lets the kernel decode a packed token once for all of them.
+        [B, Hkv, heads of a group, dk]. Where all rows of a head see the same positions, rows and grouped heads are
+        the same thing, and the second form lets the kernel decode a packed token once for all of them.
+        softcap, sink_logits: as of `ops.attend`; the logits are those of H heads.
         """
         layer = self.layer
         batch, heads, count, dim = query.shape
@@ -160,10 +184,11 @@ class Call:
                     f"layer {layer.index}: the attention mask has {mask.shape[3]} columns, "
                     f"but the cache holds {self.length} positions"
                 )
-        fold = 1 < count == n_rep and heads == layer.layout[4]
+        alike = mask is None or mask.shape[2] == 1
+        fold = count > 1 and heads == layer.layout[4] and alike and sink_logits is None
         if fold:
             query = query.reshape(batch, heads * count, 1, dim)
-            if mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1):
+            if mask is not None and mask.shape[1] > 1:
                 mask = mask.expand(-1, heads, count, -1).reshape(mask.shape[0], heads * count, 1, -1)
         sink_keys, sink_values = (None, None) if self.sinks is None else self.sinks
         addresses, counts = self._tables()
@@ -182,12 +207,16 @@ class Call:
                 values,
                 self.rows,
                 mask,
+                sink_logits,
                 layer.layout,
                 scale,
+                softcap,
                 layer.precision,
                 layer.sparse_values,
+                layer.writer,
             )
         else:
+            layer.count_fused(self.packed)
             out = ops.attend(
                 query,
                 addresses,
@@ -197,9 +226,10 @@ class Call:
                 *self.buffers,
                 self.rows,
                 mask,
-                None,
+                sink_logits,
                 layer.layout,
                 scale,
+                softcap,
                 precision=layer.precision,
                 sparse_values=layer.sparse_values,
                 unread=layer.unread,

@@ -31,7 +31,7 @@ _PLAIN, _EXPANDED, _REPEATED = "plain", "expanded", "repeated"
 class Handle:
     """One side (0 keys, 1 values) of a packed layer, seen as a tensor; valid in one epoch of the layer."""
 
-    __slots__ = ("_dense", "call", "device", "dtype", "n_rep", "shape", "side", "stage")
+    __slots__ = ("_dense", "call", "n_rep", "shape", "side", "stage")
 
     requires_grad = False
     is_nested = False
@@ -43,17 +43,22 @@ class Handle:
     layout = torch.strided
 
     def __init__(self, call: Call, side: int, shape: torch.Size, stage: str = _PLAIN, n_rep: int = 1) -> None:
-        tokens = call.buffers[side]
         self.call = call
         self.side = side
         self.shape = shape
-        self.dtype = tokens.dtype
-        self.device = tokens.device
         self.stage = stage
         self.n_rep = n_rep
         self._dense: Tensor | None = None
 
     # Metadata, without decoding.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.call.buffers[self.side].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.call.buffers[self.side].device
 
     @property
     def ndim(self) -> int:
@@ -146,8 +151,7 @@ class Handle:
     def _decoded(self, reason: str) -> Tensor:
         self.call.check()
         if self._dense is None:
-            self.call.layer.count_fallback(self.call, reason)
-            tokens = self.call.dense(self.side)
+            tokens = self.call.dense(self.side, reason)
             if self.stage != _PLAIN:
                 b, h, s, d = tokens.shape
                 tokens = tokens[:, :, None].expand(b, h, self.n_rep, s, d)
@@ -235,35 +239,33 @@ def _attention(
 ) -> Any:
     """`scaled_dot_product_attention` with at least one handle among its arguments."""
     reason = "other keys or values"
-    pair = type(key) is Handle and type(value) is Handle
-    if pair and not (type(query) is Handle or type(attn_mask) is Handle):
-        call = key.call
+    call = None if type(query) is Handle or type(attn_mask) is Handle else pair(key, value)
+    if call is not None:
         layer = call.layer
-        same = call is value.call and key.side == KEY and value.side == VALUE and key.stage == value.stage
-        if same and key.stage != _EXPANDED:
-            call.check()
-            count = query.shape[-2]
-            if is_causal and count != call.length:
-                raise RuntimeError(
-                    f"layer {layer.index}: is_causal=True with {count} queries and {call.length} keys: torch "
-                    "aligns that mask to the first key, which hides most of the cache; pass an explicit mask"
-                )
-            if call.whole:  # nothing is packed yet: what the stock cache does, and the mask tells the padding
-                dense = key._decoded("no history"), value._decoded("no history")
-                out = _SDPA(query, *dense, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-                layer.saw_mask(attn_mask)
-                return out
-            layer.check_mask(attn_mask, count)
-            obstacle = call.obstacle(query, attn_mask, dropout_p)
-            heads, kv_heads = query.shape[1], layer.layout[4]
-            broadcasts = enable_gqa or kv_heads == 1  # torch repeats a single head for all queries
-            groups = heads // kv_heads if broadcasts else key.n_rep
-            if obstacle is None and not is_causal and heads == kv_heads * groups:
-                layer.count_fused(call)
-                n_rep = layer.n_rep if key.stage == _PLAIN and not enable_gqa else 1
-                return call.attend(query, n_rep, attn_mask, scale)
-            reason = obstacle or "query heads"
-            if attn_mask is None:
-                attn_mask = call.padding_mask()
+        count = query.shape[-2]
+        call.check(is_causal, count)
+        if call.whole:  # nothing is packed yet: what the stock cache does, and the mask tells the padding
+            dense = key._decoded("no history"), value._decoded("no history")
+            out = _SDPA(query, *dense, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            layer.saw_mask(attn_mask)
+            return out
+        layer.check_mask(attn_mask)
+        obstacle = call.obstacle(query, attn_mask, dropout_p, is_causal)
+        heads, kv_heads = query.shape[1], layer.layout[4]
+        broadcasts = enable_gqa or kv_heads == 1  # torch repeats a single head for all queries
+        groups = heads // kv_heads if broadcasts else key.n_rep
+        if obstacle is None and heads == kv_heads * groups:
+            return call.attend(query, attn_mask, scale)
+        reason = obstacle or "query heads"
+        if attn_mask is None:
+            attn_mask = call.padding_mask()
     query, key, value, attn_mask = (x.dense(reason) if type(x) is Handle else x for x in (query, key, value, attn_mask))
     return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def pair(key: Any, value: Any) -> Call | None:
+    """The call that keys and values come from, if they are the two handles of one, seen as attention sees them."""
+    if type(key) is not Handle or type(value) is not Handle:
+        return None
+    same = key.call is value.call and key.side == KEY and value.side == VALUE and key.stage == value.stage
+    return key.call if same and key.stage != _EXPANDED else None

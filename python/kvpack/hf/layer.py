@@ -36,8 +36,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         precision: of the fused path, 0 default or 1 high.
         sparse_values: of the fused path, share of a query's probability whose values may stay unread.
         index: of the layer in the model, for messages.
-        query_heads: query heads of the model, if known; lets grouped heads share the decoding of a token.
         guards_prompt: look for prompts that arrive twice (one layer of a cache does).
+        warned: reasons to decode that were warned of; the layers of a cache share it.
     """
 
     is_compileable = False
@@ -55,17 +55,16 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         precision: int = 0,
         sparse_values: float = 0.0,
         index: int = 0,
-        query_heads: int | None = None,
         guards_prompt: bool = False,
+        warned: set[str] | None = None,
     ) -> None:
         self.fused = fused
         self.precision = precision
         self.sparse_values = sparse_values
         # Counts of tiles by the fused path: met, values unread.
         self.unread = torch.zeros(2, dtype=torch.int64) if sparse_values else None
-        self.query_heads = query_heads
         self.guards_prompt = guards_prompt
-        self.n_rep = 1
+        self.warned = set() if warned is None else warned
         super().__init__(key, value, window, sinks, index)
 
     def __repr__(self) -> str:
@@ -90,16 +89,14 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         if self.told_rows is not None:
             checks.same_rows(self.told_rows, key_states.shape[0])
         self.begin(key_states, value_states)
-        if self.query_heads is not None:
-            self.n_rep = self.query_heads // key_states.shape[1]
 
     # Updating.
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Append keys and values [B, Hkv, tokens, d], and return what attention is to read.
 
-        Returns the arguments for the first call of one row, dense tensors with `fused=False` or gradients,
-        and handles [B, Hkv, length, d] otherwise. After an error the layer is as it was.
+        Returns the arguments for the first call of one row, dense tensors with `fused=False` (but for the first calls
+        of several rows) or gradients, and handles [B, Hkv, length, d] otherwise. After an error the layer is as it was.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -111,7 +108,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         if count == 0:
             return self._state(key_states, value_states)
         if 1 < count == self.length + 1 and self.guards_prompt and not torch.compiler.is_compiling():
-            self._check_repeated(key_states)
+            checks.repeated_prompt(self.index)
 
         tracked = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         own = (key_states.detach(), value_states.detach()) if tracked else (key_states, value_states)
@@ -122,27 +119,26 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
             exact, number = self.append(own, count)
             call = Call(self, exact, tiles, packed, number)
         first = call.length == count
-        if self.fused and not tracked:
+        # A pending call needs handles even where everything is to be dense: they see the mask.
+        if not tracked and (self.fused or self.pending is not None):
             return (key_states, value_states) if first and self.batch == 1 else self._handles(call)
         if first:
             return key_states, value_states
-        self.count_fallback(call, "gradients" if tracked else "fused=False")
-        dense = (call.dense(KEY), call.dense(VALUE))
+        reason = "gradients" if tracked else "fused=False"
+        dense = (call.dense(KEY, reason), call.dense(VALUE, reason))
         if tracked:
-            _warn_gradients()
             past = call.length - count
             keys = torch.cat((dense[KEY][:, :, :past], key_states), dim=2)
             return keys, torch.cat((dense[VALUE][:, :, :past], value_states), dim=2)
         return dense
 
     def _unexpected(self, keys: Tensor, values: Tensor) -> bool:
-        if keys.dim() != 4 or values.dim() != 4:
+        batch, heads, key_dim, value_dim, dtype = self.expected
+        if keys.dim() != 4 or keys.dtype != dtype or values.dtype != dtype:
             return True
-        b, h, n, key_dim = keys.shape
-        vb, vh, vn, value_dim = values.shape
-        dtype = keys.dtype
-        same = (b, h, n, dtype) == (vb, vh, vn, values.dtype)
-        return not same or (b, h, key_dim, value_dim, dtype) != self.expected
+        shape = keys.shape
+        count = shape[2]
+        return shape != (batch, heads, count, key_dim) or values.shape != (batch, heads, count, value_dim)
 
     def _update_pending(self, own: Pair, count: int, tracked: bool) -> Call:
         """A call before anything is placed: the first, and those that find only padding before them."""
@@ -152,7 +148,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         try:
             if self.padding_known:
                 self._place_if_ready()
-            elif self.batch == 1 or tracked or not self.fused:
+            elif self.batch == 1 or tracked:
                 self.place()
         except Exception:
             self.pending, self.length, self.heard, self.last_count = before
@@ -166,10 +162,10 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
 
     def _handles(self, call: Call) -> tuple[Handle, Handle]:
         batch, heads, key_dim, value_dim, _ = self.expected
-        return (
-            Handle(call, KEY, torch.Size((batch, heads, call.length, key_dim))),
-            Handle(call, VALUE, torch.Size((batch, heads, call.length, value_dim))),
-        )
+        keys = values = torch.Size((batch, heads, call.length, key_dim))
+        if value_dim != key_dim:
+            values = torch.Size((batch, heads, call.length, value_dim))
+        return Handle(call, KEY, keys), Handle(call, VALUE, values)
 
     def _state(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
         """What an update with no tokens returns: the layer as it is."""
@@ -186,23 +182,6 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         call = Call(self, self.window, self.table.tiles, self.table.tokens, n)
         call.fresh = 0  # this one reads all that is packed
         return call
-
-    def _check_repeated(self, keys: Tensor) -> None:
-        """RuntimeError if the keys of the whole cache arrive again, one token longer: `use_cache=False`."""
-        call = self._snapshot()
-        stored, again = [], []
-        if call.sinks is not None and self.rows is None:
-            stored.append(call.sinks[KEY])
-            again.append(keys[:, :, : self.sink_count])
-        exact = call.exact[KEY]
-        recent = exact.shape[2]
-        if not call.whole:  # tokens whose position does not depend on the row
-            recent = min(recent, max(0, self.length - self.pad_max - self.sinks_wanted))
-        stored.append(exact[:, :, exact.shape[2] - recent :])
-        again.append(keys[:, :, self.length - recent : self.length])
-        old, new = torch.cat(stored, dim=2), torch.cat(again, dim=2)
-        if old.shape[2] and checks.repeated(old, new):
-            raise RuntimeError(f"layer {self.index}: {checks.REPEATED}")
 
     # Padding: told by the user, or by the masks that handles see.
 
@@ -245,15 +224,10 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         if self.pending is not None and not (self.padding_known or self.heard):
             self.place()
 
-    def check_mask(self, mask: Tensor | None, count: int) -> None:
-        """What the mask of a call with history tells: a repeated prompt, or (once) padding nobody told of."""
+    def check_mask(self, mask: Tensor | None) -> None:
+        """What the mask of a call with history tells: (once) padding nobody told of."""
         if mask is None or torch.compiler.is_compiling():
             return
-        past = self.length - count
-        if 1 < count == past + 1 and self.guards_prompt and mask.shape[-1] == self.length:
-            # generate(use_cache=False) masks what it believes not to be there: all but one of the new tokens.
-            if not bool(padding.visible(mask)[..., -1, past + 1 :].any()):
-                raise RuntimeError(f"layer {self.index}: {checks.REPEATED}")
         if self.padding_known:
             return
         self.padding_known = True
@@ -272,26 +246,14 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
                 stacklevel=2,
             )
 
-    # Counting.
-
-    def count_fused(self, call: Call) -> None:
-        if not torch.compiler.is_compiling():
-            self.counters.fused_calls += 1
-            self.counters.packed_tokens_read += call.packed
-
-    def count_fallback(self, call: Call, reason: str) -> None:
-        """Count a call that decodes, once; not one that has nothing to decode."""
-        if not torch.compiler.is_compiling() and not call.told and not call.whole:
-            call.told = True
-            counts = self.counters.fallback_calls
-            counts[reason] = counts.get(reason, 0) + 1
-            self.counters.packed_tokens_read += call.packed
-
     def stats(self) -> LayerStats:
         """What happened since the layer was made or reset."""
         met, unread = (0, 0) if self.unread is None else self.unread.tolist()
         return LayerStats(
             layer=self.index,
+            type="full_attention",
+            packed=True,
+            why="",
             key=str(self.specs[KEY]),
             value=str(self.specs[VALUE]),
             tokens_packed=self.table.tokens,
@@ -349,11 +311,3 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         """Move everything back to the layer's device."""
         if self.is_initialized and self.device.type != "cpu":
             self.move(self.device)
-
-
-def _warn_gradients() -> None:
-    warnings.warn(
-        "kvpack: gradients are enabled, so attention reads decoded keys and values; use torch.no_grad() (or "
-        "torch.inference_mode()) for the fused path",
-        stacklevel=3,
-    )

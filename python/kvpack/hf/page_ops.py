@@ -22,9 +22,15 @@ from kvpack.ops import _library
 
 
 class Writer(Protocol):
-    """What packs for one layer."""
+    """What packs, and counts, for one layer."""
+
+    unread: Tensor | None
 
     def write_tiles(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: list[int]) -> None: ...
+
+    def count_fused(self, packed: int) -> None: ...
+
+    def count_fallback(self, packed: int, reason: str) -> None: ...
 
 
 _NUMBERS = itertools.count(1)
@@ -38,6 +44,13 @@ def enrol(writer: Writer) -> Tensor:
     return torch.tensor([number])
 
 
+def _find(writer: Tensor) -> Writer:
+    found = _WRITERS.get(int(writer))
+    if found is None:
+        raise RuntimeError(f"the cache layer with number {int(writer)} no longer exists")
+    return found
+
+
 def _write_fake(
     addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, writer: Tensor, layout: Sequence[int]
 ) -> None:
@@ -47,10 +60,7 @@ def _write_fake(
 def _write(
     addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, writer: Tensor, layout: Sequence[int]
 ) -> None:
-    found = _WRITERS.get(int(writer))
-    if found is None:
-        raise RuntimeError(f"the cache layer with number {int(writer)} no longer exists")
-    found.write_tiles(addresses, used, keys, values, list(layout))
+    _find(writer).write_tiles(addresses, used, keys, values, list(layout))
 
 
 def _decode_fake(
@@ -62,6 +72,8 @@ def _decode_fake(
     layout: Sequence[int],
     dtype: torch.dtype,
     tokens: int,
+    writer: Tensor,
+    reason: str,
 ) -> Tensor:
     shape = (addresses.shape[0], layout[4], tokens, layout[2 * side + 1])
     return addresses.new_empty(shape, dtype=dtype)
@@ -76,8 +88,13 @@ def _decode(
     layout: Sequence[int],
     dtype: torch.dtype,
     tokens: int,
+    writer: Tensor,
+    reason: str,
 ) -> Tensor:
-    return ops.decode_pages(addresses, counts[: int(used) - fresh], side, layout, dtype)
+    in_use = counts[: int(used) - fresh]
+    if reason:
+        _find(writer).count_fallback(int(in_use.sum()), reason)
+    return ops.decode_pages(addresses, in_use, side, layout, dtype)
 
 
 def _attend_fake(
@@ -92,10 +109,13 @@ def _attend_fake(
     values: Tensor | None,
     rows: Tensor | None,
     mask: Tensor | None,
+    sink_logits: Tensor | None,
     layout: Sequence[int],
     scale: float,
+    softcap: float,
     precision: int,
     sparse_values: float,
+    writer: Tensor,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], layout[3]))
 
@@ -112,12 +132,17 @@ def _attend(
     values: Tensor | None,
     rows: Tensor | None,
     mask: Tensor | None,
+    sink_logits: Tensor | None,
     layout: Sequence[int],
     scale: float,
+    softcap: float,
     precision: int,
     sparse_values: float,
+    writer: Tensor,
 ) -> Tensor:
     in_use = counts[: int(used) - fresh]
+    layer = _find(writer)
+    layer.count_fused(int(in_use.sum()))
     return ops.attend(
         query,
         addresses,
@@ -128,11 +153,13 @@ def _attend(
         values,
         rows,
         mask,
-        None,
+        sink_logits,
         layout,
         scale,
+        softcap,
         precision=precision,
         sparse_values=sparse_values,
+        unread=layer.unread,
     )
 
 
@@ -145,17 +172,18 @@ write_tiles = _library.register(
 
 decode_tiles = _library.register(
     "decode_tiles(Tensor addresses, Tensor counts, Tensor used, SymInt fresh, int side, int[] layout, "
-    "ScalarType dtype, SymInt tokens) -> Tensor",
+    "ScalarType dtype, SymInt tokens, Tensor writer, str reason) -> Tensor",
     _decode_fake,
     _decode,
 )
-"""`ops.decode_pages` of the tiles in use but for the last `fresh`; they hold `tokens` tokens."""
+"""`ops.decode_pages` of the tiles in use but for the last `fresh`; they hold `tokens` tokens. A `reason` is counted."""
 
 attend_tiles = _library.register(
     "attend_tiles(Tensor query, Tensor addresses, Tensor counts, Tensor used, SymInt fresh, "
     "Tensor? sink_keys, Tensor? sink_values, Tensor? keys, Tensor? values, Tensor? rows, Tensor? mask, "
-    "int[] layout, float scale, int precision, float sparse_values) -> Tensor",
+    "Tensor? sink_logits, int[] layout, float scale, float softcap, int precision, float sparse_values, "
+    "Tensor writer) -> Tensor",
     _attend_fake,
     _attend,
 )
-"""`ops.attend` over the tiles in use but for the last `fresh`."""
+"""`ops.attend` over the tiles in use but for the last `fresh`; counts the call."""

@@ -1,4 +1,4 @@
-"""Counters of a packed layer, and the report that `Cache.stats()` makes of them."""
+"""Counters of a packed layer, and the report of every layer that `Cache.stats()` makes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counters:
-    """What a layer counts as it runs. Traced code (torch.compile) does not count calls."""
+    """What a packed layer counts as it runs, in graphs of torch.compile too."""
 
     packed_tokens_read: int = 0
     fused_calls: int = 0
@@ -18,9 +18,12 @@ class Counters:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One packed layer, since the cache was made or reset.
+    """One layer, since the cache was made or reset.
 
     layer: index in the model.
+    type: what transformers calls it: "full_attention", "sliding_attention", ...
+    packed: whether kvpack holds it. The stock class serves the others, with nothing to count.
+    why: why it is not packed; "" if it is.
     key, value: codecs.
     tokens_packed: packed tokens it now holds, per row.
     packed_tokens_read: packed tokens that attention read (fused or decoded), per row, summed over calls.
@@ -34,13 +37,16 @@ class LayerStats:
     """
 
     layer: int
-    key: str
-    value: str
-    tokens_packed: int
-    packed_tokens_read: int
-    fused_calls: int
-    fallback_calls: dict[str, int]
-    nonfinite_replaced: int
-    late_padding: int
-    value_tiles_met: int
-    value_tiles_unread: int
+    type: str
+    packed: bool
+    why: str
+    key: str = ""
+    value: str = ""
+    tokens_packed: int = 0
+    packed_tokens_read: int = 0
+    fused_calls: int = 0
+    fallback_calls: dict[str, int] = field(default_factory=dict)
+    nonfinite_replaced: int = 0
+    late_padding: int = 0
+    value_tiles_met: int = 0
+    value_tiles_unread: int = 0

@@ -41,6 +41,8 @@ class Store:
     device: torch.device
     dtype: torch.dtype
     batch: int
+    unread: Tensor | None
+    warned: set[str]
 
     def __init__(self, key: CodecSpec, value: CodecSpec, window: int, sinks: int, index: int) -> None:
         self.specs = (key, value)
@@ -100,7 +102,7 @@ class Store:
         After an error the store is as it was.
         """
         assert self.window is not None
-        sink_count = self.sink_count
+        sink_count, fresh = self.sink_count, count
         if sink_count < self.sinks_wanted:  # so far, there are fewer tokens than sinks
             assert self.sinks is not None
             taken = min(self.sinks_wanted - sink_count, count)
@@ -108,8 +110,8 @@ class Store:
                 buffer[:, :, sink_count : sink_count + taken] = new[:, :, :taken]
             sink_count += taken
             own = (own[KEY][:, :, taken:], own[VALUE][:, :, taken:])
+            fresh -= taken
         begin = self.window_count
-        fresh = own[KEY].shape[2]
         end = begin + fresh
         keys, values = self.window
         if end <= self.window_size + TILE:
@@ -240,6 +242,22 @@ class Store:
                     "others by 0 and counts them in cache.stats()"
                 )
         return f"layer {self.index}: {error}"
+
+    # Counting, of eager calls and of those in compiled graphs.
+
+    def count_fused(self, packed: int) -> None:
+        """Count a call that read `packed` tokens as they are."""
+        self.counters.fused_calls += 1
+        self.counters.packed_tokens_read += packed
+
+    def count_fallback(self, packed: int, reason: str) -> None:
+        """Count a call that decoded `packed` tokens; warn of a reason that the cache did not meet before."""
+        counts = self.counters.fallback_calls
+        counts[reason] = counts.get(reason, 0) + 1
+        self.counters.packed_tokens_read += packed
+        if reason not in self.warned and reason not in checks.ASKED_FOR:
+            self.warned.add(reason)
+            checks.warn_decoded(self.index, reason)
 
     # Every other change.
 

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from kvpack._extras import needed
+
+with needed("kvpack.ops", "torch"):
+    import torch
+    from torch import Tensor
 
 from . import _append, _attend, _decode, _decode_pages, _encode, _encode_pages, _library, _rotate, _tables
 from ._tables import PAGE_TILES, TILE
