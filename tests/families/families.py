@@ -73,6 +73,12 @@ def _bart() -> Any:
     )
 
 
+def _gemma2() -> Any:
+    # Eager by default; older versions of transformers prefer sdpa, and leave the softcap out.
+    softcap = {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"}
+    return t.Gemma2Config(**GROUPED, **HYBRID, **softcap)
+
+
 def _gpt2() -> Any:
     return t.GPT2Config(
         vocab_size=h.VOCABULARY,
@@ -149,7 +155,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", lambda: t.MistralConfig(**GROUPED, sliding_window=None), notes="without a window"),
     "gemma2": Family(
         "Gemma 2",
-        lambda: t.Gemma2Config(**GROUPED, **HYBRID, query_pre_attn_scalar=64, attn_logit_softcapping=5.0),
+        _gemma2,
         packed=(1,),
         fused=False,
         notes="softcap; every other layer slides",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers as t
 from torch import Tensor
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DynamicLayer
 
 import kvpack
 
@@ -82,12 +82,9 @@ class _EncoderDecoder(t.EncoderDecoderCache):  # type: ignore[misc]
 
 def oracle(family: str, config: Any, key: str, value: str, window: int, sinks: int) -> Any:
     """The cache of a family with an `OracleLayer` for every layer that is packed."""
-    types = zip(*get_layer_types_and_kwargs(config.get_text_config(decoder=True)), strict=True)
     layers = [
-        OracleLayer(key, value, window, sinks)
-        if index in FAMILIES[family].packed
-        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
-        for index, (kind, options) in enumerate(types)
+        OracleLayer(key, value, window, sinks) if index in FAMILIES[family].packed else layer
+        for index, layer in enumerate(t.DynamicCache(config=config).layers)
     ]
     own = t.Cache(layers=layers)
     return _EncoderDecoder(own, t.DynamicCache()) if config.is_encoder_decoder else own

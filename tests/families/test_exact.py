@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ..hf import helpers as h
-from .families import ATTENTIONS, FAMILIES, model, packed, stats, stock
+from .families import ATTENTIONS, FAMILIES, Family, packed, stats, stock
 from .modes import MODES, Run
 
 TOLERANCE = 1e-4  # of logits: largest difference over largest value
@@ -38,11 +38,8 @@ CASES = [
 ]
 
 
-def is_fused(name: str, attention: str) -> bool:
-    """Whether packed bits are read. What a family's default is differs between versions of transformers."""
-    if attention != "default":
-        return attention == "kvpack"
-    return FAMILIES[name].fused or model(name).config._attn_implementation == "sdpa"
+def is_fused(family: Family, attention: str) -> bool:
+    return family.fused if attention == "default" else attention == "kvpack"
 
 
 @pytest.mark.filterwarnings(h.DECODED)
@@ -71,7 +68,7 @@ def test_equal_to_the_stock_cache(name: str, attention: str, mode: str) -> None:
     assert {layer.layer for layer in layers} == set(family.packed)
     assert all(layer.tokens_packed for layer in layers)
     assert any(layer.packed_tokens_read for layer in layers)
-    if is_fused(name, attention):
+    if is_fused(family, attention):
         assert any(layer.fused_calls for layer in layers)
         assert not any(layer.fallback_calls for layer in layers)
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 import kvpack
 from kvpack.hf import PackedLayer, support
@@ -36,6 +37,8 @@ def test_hybrids_are_known() -> None:
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_stock_layers_are_named(name: str) -> None:
     """By a warning, and by `stats()`."""
+    if "dummy" in HYBRIDS[name] and "dummy" not in DYNAMIC_LAYER_TYPE_MAPPING:
+        pytest.skip("this transformers makes no layers that share the keys of others")
     config = FAMILIES[name].config()
     with pytest.warns(UserWarning, match="kvpack") as told:
         cache = kvpack.Cache(config)
@@ -91,7 +94,7 @@ def test_the_config_tells_beforehand(name: str) -> None:
     family = FAMILIES[name]
     told = support.attention(family.config())
     assert told.fused is family.fused
-    assert told.name == ("eager" if name in ("gemma2", "gpt_oss", "mimo", "gptj") else "sdpa")
+    assert told.name == ("sdpa" if family.fused else "eager")
     packed_layers = [i for i, layer in enumerate(support.layers(family.config())) if layer.why is None]
     assert packed_layers == list(family.packed)
     assert support.takes_kvpack(type(model(name))) is family.enables
