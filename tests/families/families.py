@@ -140,7 +140,7 @@ def _gemma3n() -> Any:
 def _t5() -> Any:
     sizes = {"d_model": 64, "d_kv": 64, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "decoder_start_token_id": 1}
-    return t.T5Config(vocab_size=h.VOCABULARY, **sizes, **tokens, initializer_factor=2.0, tie_word_embeddings=False)
+    return t.T5Config(vocab_size=h.VOCABULARY, **sizes, **tokens, initializer_factor=3.0, tie_word_embeddings=False)
 
 
 def _gptj() -> Any:
@@ -229,6 +229,8 @@ def model(name: str, attention: str = "default") -> Any:
     if attention == "eager":
         config._attn_implementation = "eager"
     made = h.build(auto.from_config, config)
+    if config.model_type == "t5":
+        made.get_input_embeddings().weight.data /= 30  # else they are nearly all that there is
     if attention == "kvpack":
         kvpack.enable(made)
     return made

@@ -168,6 +168,17 @@ def test_against_the_reference(
     assert h.error(got.transpose(1, 2), torch.as_tensor(want)) <= 1e-4
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_half_precision(name: str) -> None:
+    one = copy.deepcopy(model(name, "kvpack")).to(torch.bfloat16)
+    ids = h.tokens(1, 100)
+    ours = packed(one.config)
+    got = h.run(one, ours, ids, [94])
+    assert got.dtype == torch.bfloat16
+    assert h.error(got, h.run(one, stock(one.config), ids, [94])) <= 3e-2
+    assert stats(ours)[0].fused_calls == 6
+
+
 def test_a_missing_mask_is_refused() -> None:
     """Several queries with a history and no mask: it would hide most of the cache."""
     key, value = handles(3)

@@ -128,9 +128,9 @@ def repeated_prompt(index: int) -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         names = frame.f_locals
-        options = (names, names.get("kwargs"), names.get("model_kwargs"))  # of forward, its wrappers, and generate
+        options = (names.get("kwargs"), names.get("model_kwargs"))  # of wrappers of forward, and of generate
         without = any(isinstance(x, dict) and x.get("use_cache") is False for x in options)
-        if without and isinstance(names.get("self"), PreTrainedModel):
+        if (without or names.get("use_cache") is False) and isinstance(names.get("self"), PreTrainedModel):
             raise RuntimeError(
                 f"layer {index}: the whole prompt arrived a second time: a model that is called with a cache and "
                 "use_cache=False appends everything it has seen on every step, and its output is wrong. Pass "
