@@ -10,6 +10,11 @@
 * pages.py: Page and PageTable, packed storage, shared copy-on-write
 * page_ops.py: packing as one step of a compiled graph
 * memory.py: what caches weigh
+* offload.py: pages that wait in host memory, and other devices
+* snapshot.py: a cache in a file, and back
+* container.py: the bytes of that file
+* stock_state.py: what it holds of layers that are not packed
+* fingerprint.py: what tells one model from another
 * support.py: what a config tells: packed layers, fused attention
 * compat.py: what differs between versions of transformers
 """
@@ -23,6 +28,17 @@ with needed("kvpack.hf (kvpack.Cache, kvpack.enable, ...)", "hf"):
     from .handle import Handle
     from .layer import PackedLayer
     from .memory import nbytes
+    from .snapshot import SnapshotError, SnapshotInfo
     from .stats import LayerStats
 
-__all__ = ["Cache", "Handle", "LayerStats", "PackedLayer", "disable", "enable", "nbytes"]
+__all__ = [
+    "Cache",
+    "Handle",
+    "LayerStats",
+    "PackedLayer",
+    "SnapshotError",
+    "SnapshotInfo",
+    "disable",
+    "enable",
+    "nbytes",
+]

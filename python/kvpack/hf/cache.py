@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache as StockCache
 from transformers import DynamicCache, EncoderDecoderCache
@@ -16,8 +18,9 @@ from kvpack import ops, spec
 from kvpack.policy import SINKS, WINDOW, Policy
 from kvpack.spec import CodecSpec
 
-from . import checks, compat, memory, padding, support
+from . import checks, compat, fingerprint, memory, offload, padding, snapshot, support
 from .layer import PackedLayer
+from .snapshot import SnapshotInfo
 from .stats import LayerStats
 
 _PRECISIONS = ("default", "high")
@@ -47,6 +50,9 @@ class Cache(StockCache):  # type: ignore[misc]
             of compiled graphs.
         encoder_decoder: this is the self-attention half of an `EncoderDecoderCache`; see
             `for_encoder_decoder`, which makes both halves.
+        offloading: packed pages wait in host memory, but for those of the layer at work and the next. Nothing on the
+            CPU, where a warning says so.
+        offload_only_non_sliding: with offloading, layers with a sliding window, which are not packed, stay.
 
     Raises:
         ValueError: for an unknown codec or option, negative window or sinks, a head size that the codecs
@@ -68,6 +74,8 @@ class Cache(StockCache):  # type: ignore[misc]
         precision: str = "default",
         sparse_values: float = 0.0,
         encoder_decoder: bool = False,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
     ) -> None:
         if not hasattr(config, "get_text_config"):
             raise TypeError(f"config is a {type(config).__name__}; allowed: a transformers config, as model.config")
@@ -125,7 +133,11 @@ class Cache(StockCache):  # type: ignore[misc]
         if stock:
             warnings.warn(f"kvpack: not packed in {_model(config)}: {_listing(stock)}", stacklevel=2)
         super().__init__(layers=layers)
+        # Not given to the stock class, which makes a CUDA stream at once.
+        self.offloading, self.only_non_sliding = offloading, offload_only_non_sliding
         self.policy = policy
+        self.options = {"fused": fused, "precision": precision, "sparse_values": float(sparse_values)}
+        self.model_fields = fingerprint.of_config(config)  # JSON: what snapshots compare
         self._model_name = _model(config)
         self._kinds = [(layer.type, layer.why) for layer in known]
         if attention_mask is not None:
@@ -189,6 +201,89 @@ class Cache(StockCache):  # type: ignore[misc]
         pads = padding.from_attention_mask(mask)
         for layer in self.packed_layers:
             layer.set_padding(pads)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Append keys and values [B, Hkv, tokens, d] to a layer, and return what attention is to read."""
+        if not self.offloading:
+            out: tuple[Any, Any] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+            return out
+        offload.before_update(self, layer_idx, key_states.device)
+        out = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        offload.after_update(self, layer_idx)
+        return out
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Start to bring back the next offloaded layer, from `layer_idx` on, then from the first on."""
+        offload.prefetch(self, layer_idx, only_non_sliding)
+
+    def to(self, device: torch.device | str | int) -> Cache:
+        """Move everything to a device, in place; returns the cache. Handles made before are no longer valid.
+
+        Attention runs on the CPU in this release: elsewhere a cache can be kept, and come back.
+        """
+        target = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        if target.type == "meta":
+            raise ValueError("to('meta') would lose the tokens; allowed: a device that holds values")
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.to(target)
+            else:
+                offload.move_stock(layer, target)
+        return self
+
+    def fork(self, count: int) -> list[Cache]:
+        """`count` caches that go on from here, each for itself; this one is not changed and may go on, too.
+
+        Packed pages are shared, copy-on-write: a fork holds its own window, sinks and tables, the layers that are not
+        packed, and the pages that it writes. `kvpack.nbytes(*forks)` counts what is shared once.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"fork({count!r}) is not allowed: a whole number of caches, 1 or more")
+        return [copy.deepcopy(self) for _ in range(count)]
+
+    def save(self, path: str | os.PathLike[str], *, token_ids: Tensor | None = None, model: Any = None) -> None:
+        """Write the cache to a file, a snapshot, from which `load` makes one that goes on bit-identically.
+
+        The file appears whole or not at all, and is then never written again. docs/snapshot.md says what is in it.
+
+        Args:
+            path: of the file; what is there is replaced.
+            token_ids: [B, length] of all tokens in the cache, to be kept beside it; `inspect` returns them.
+            model: the model; `load` can then refuse other weights. Without it, only the config is compared.
+
+        Raises:
+            OSError: the file cannot be written; nothing is left behind.
+            ValueError: token ids of another shape, or a layer whose class keeps what a file cannot hold.
+        """
+        snapshot.save(self, path, token_ids, model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], config: Any, *, model: Any = None, mmap: bool = False) -> Cache:
+        """The cache that `save` wrote, on the CPU. Every byte of the file is verified.
+
+        Policy, `fused`, `precision` and `sparse_values` are those of the file; `stats()` begins anew.
+
+        Args:
+            path: of the file.
+            config: the model's config; that of another model is refused.
+            model: the model, to compare its weights as well; the file must have been saved with one.
+            mmap: leave packed pages in the file, as views of a private memory map: processes share them, and no copy is
+                made. Then nobody may change or truncate the file in place while the cache lives (to save over it, or to
+                delete it, is harmless). False reads them into memory, and the file may be anything afterwards.
+
+        Raises:
+            OSError: the file cannot be read.
+            SnapshotError: (a ValueError) it is no snapshot, of another version or model, truncated, or damaged: the
+                message says which.
+        """
+        return snapshot.load(cls, path, config, model, mmap)
+
+    @staticmethod
+    def inspect(path: str | os.PathLike[str]) -> SnapshotInfo:
+        """What a snapshot says of itself, with the token ids that were saved beside it; errors as of `load`."""
+        return snapshot.inspect(path)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens from every layer; a positive number is an error."""

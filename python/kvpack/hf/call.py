@@ -83,7 +83,7 @@ class Call:
         if not torch.compiler.is_compiling() and self.layer.epoch != self.epoch:
             raise RuntimeError(
                 f"keys and values of layer {self.layer.index} were used after the cache was cropped, "
-                "reordered, selected, repeated or reset; take them from a new update() instead"
+                "reordered, selected, repeated, reset or offloaded; take them from a new update() instead"
             )
         if is_causal and count != self.length:
             raise RuntimeError(

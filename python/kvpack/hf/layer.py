@@ -98,6 +98,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         Returns the arguments for the first call of one row, dense tensors with `fused=False` (but for the first calls
         of several rows) or gradients, and handles [B, Hkv, length, d] otherwise. After an error the layer is as it was.
         """
+        if self.away:
+            self.bring()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self._unexpected(key_states, value_states):
@@ -175,6 +177,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         return self._handles(call) if self.fused else (call.dense(KEY), call.dense(VALUE))
 
     def _snapshot(self) -> Call:
+        if self.away:
+            self.bring()
         if self.pending is not None:
             return Call(self, self.pending)
         assert self.window is not None
@@ -301,13 +305,3 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         """Keep the rows `indices` (whole numbers, or a boolean mask)."""
         if self.is_initialized:
             self.select(torch.arange(self.batch)[torch.as_tensor(indices).cpu()].tolist())
-
-    def offload(self) -> None:
-        """Move everything to the CPU."""
-        if self.is_initialized and self.device.type != "cpu":
-            self.move(torch.device("cpu"))
-
-    def prefetch(self) -> None:
-        """Move everything back to the layer's device."""
-        if self.is_initialized and self.device.type != "cpu":
-            self.move(self.device)

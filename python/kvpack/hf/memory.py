@@ -14,7 +14,7 @@ from kvpack.ops import PAGE_TILES, _tables
 from .layer import PackedLayer
 from .pages import Page, PageTable
 
-KINDS = ("codes", "scales", "means", "window", "sinks", "slack", "tables", "other", "workspace")
+KINDS = ("codes", "scales", "means", "window", "sinks", "slack", "tables", "other", "host", "workspace")
 
 
 def nbytes(*caches: StockCache) -> int:
@@ -31,7 +31,8 @@ def memory(*caches: StockCache) -> dict[str, int]:
     codes, scales, means: of the tiles in use; the mean and the map of channels of a row count in every page, which has
     a copy. window, sinks: their buffers, with free room; tokens that wait to be placed count as window. slack: slots of
     pages that are not in use. tables: page addresses, tile counts, padding. other: layers that are not packed.
-    workspace: kept between calls (none is: attend asks torch for its own and gives it back).
+    host: of offloaded caches, copies in host memory of pages that are on the device. workspace: kept between calls
+    (none is: attend asks torch for its own and gives it back).
     """
     out = dict.fromkeys(KINDS, 0)
     storages: dict[str, dict[int, int]] = {kind: {} for kind in KINDS}
@@ -55,6 +56,8 @@ def memory(*caches: StockCache) -> dict[str, int]:
             if number not in pages or pages[number][1] < used:
                 pages[number] = (page, used, table)
     for page, used, table in pages.values():
+        if page.host is not None and page.host.data_ptr() not in pages:
+            _add(storages["host"], [page.host])
         out["slack"] += page.data.untyped_storage().nbytes()
         layout = _tables.parse_layout(table.layout)
         sizes = {

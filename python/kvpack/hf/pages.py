@@ -7,11 +7,16 @@ Pages are shared without reference counts. A page knows how many of its slots we
 and a table may write slot s of its last page in place only while `filled == s`. Otherwise another owner has
 been there, or the slot held tokens that a crop removed: the table then takes a copy of the slots it uses.
 Slots that were written once are never written again, so whoever shares a page keeps reading what it read.
+A page that is not to be written at all, such as one of a file's memory map, counts as filled.
+
+Offloading takes the pages of a table to host memory (`evict`) and back (`fetch`). It makes new pages, so that other
+tables keep theirs where they are. The copy in host memory is kept: unless a slot was written since, to evict a page
+again costs no copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kvpack import ops
-from kvpack.ops import PAGE_TILES, TILE
+from kvpack.ops import PAGE_TILES, TILE, _pages, _tables
 
 _FIRST_PAGES = 4  # pages a fresh table has room for
 
@@ -36,13 +41,28 @@ def normal_mode() -> AbstractContextManager[None]:
 
 
 class Page:
-    """One page: `data`, uint8 [page_bytes], 64-byte aligned, and `filled`, the slots ever written (0..4)."""
+    """One page: `data`, uint8 [page_bytes], 64-byte aligned, and `filled`, the slots ever written (0..4).
 
-    __slots__ = ("data", "filled")
+    host: of an offloaded layer's page on the device, a copy in host memory, made when `host_filled` slots were.
+    """
 
-    def __init__(self, data: Tensor, filled: int = 0) -> None:
+    __slots__ = ("data", "filled", "host", "host_filled")
+
+    def __init__(self, data: Tensor, filled: int = 0, host: Tensor | None = None) -> None:
         self.data = data
         self.filled = filled
+        self.host = host
+        self.host_filled = filled
+
+    def evicted(self, store: Callable[[Tensor], Tensor]) -> Page:
+        """This page in host memory; `store` copies what is not there yet."""
+        if self.host is None or self.host_filled != self.filled:
+            self.host, self.host_filled = store(self.data), self.filled
+        return Page(self.host, self.filled)
+
+    def fetched(self, load: Callable[[Tensor], Tensor]) -> Page:
+        """This page of host memory on the device."""
+        return Page(load(self.data), self.filled, self.data)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Page:
         return self  # a deep copy of a cache shares pages: see the module's rule
@@ -55,6 +75,7 @@ class PageTable:
     counts: int32 [4 * P], tokens of each tile, the same for all rows: 64 except where a crop cut.
     tiles, tokens: how many are in use, per row.
     used: int64 [1], `tiles` as a tensor, for compiled graphs: a number would be compiled into them.
+    evicted: the pages are in host memory, for offloading, and all addresses are 0.
     """
 
     def __init__(self) -> None:
@@ -65,6 +86,7 @@ class PageTable:
         self.used: Tensor | None = None
         self.tiles = 0
         self.tokens = 0
+        self.evicted = False
         self._cut: dict[int, int] = {}  # tokens of the tiles that a crop cut
         self._first: Tensor | None = None  # the last answer of `first`
 
@@ -91,7 +113,25 @@ class PageTable:
         self.layout, self.rows = [], []
         self.addresses = self.counts = self.used = self._first = None
         self.tiles = self.tokens = 0
+        self.evicted = False
         self._cut = {}
+
+    @property
+    def cut(self) -> Mapping[int, int]:
+        """Tokens of the tiles that a crop cut, by tile; all others hold 64."""
+        return self._cut
+
+    def adopt(self, rows: list[list[Page]], tiles: int, cut: Mapping[int, int]) -> None:
+        """Take over pages, into a table just started: `tiles` tiles in each row, of 64 tokens but for those `cut`."""
+        addresses = self._with_room(len(rows[0]))
+        assert self.counts is not None
+        assert self.used is not None
+        self.rows, self.tiles, self._cut = rows, tiles, dict(cut)
+        self.tokens = TILE * tiles - sum(TILE - count for count in cut.values())
+        for tile, count in cut.items():
+            self.counts[tile] = count
+        self.used.fill_(tiles)
+        self._refresh(addresses)
 
     def write(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: Sequence[int]) -> None:
         """Encode whole tiles as the next ones, allocating pages and copying shared ones.
@@ -116,7 +156,7 @@ class PageTable:
             if slot and row[first_page].filled != slot:
                 row[first_page] = self._copy(row[first_page], slot)
             while len(row) < last_page:
-                row.append(Page(torch.empty(size, dtype=torch.uint8, device=keys.device)))
+                row.append(self._new(size, keys.device))
             for p in range(first_page, last_page):  # at once: the next row may hold the same page
                 row[p].filled = min(PAGE_TILES, end - p * PAGE_TILES)
             numbers.append([page.data.data_ptr() for page in row[first_page:last_page]])
@@ -161,6 +201,12 @@ class PageTable:
             self._first = self.counts[:tiles]
         return self._first
 
+    def _new(self, size: int, device: torch.device) -> Page:
+        """A page without tiles. Its means are zeros: encoders leave what fills them up as it is."""
+        data = torch.empty(size, dtype=torch.uint8, device=device)
+        data.view(self.layout[4], -1)[:, PAGE_TILES * ops.record_bytes(self.layout) :] = 0
+        return Page(data)
+
     def _copy(self, page: Page, slots: int) -> Page:
         used, records = slots * ops.record_bytes(self.layout), PAGE_TILES * ops.record_bytes(self.layout)
         data = torch.empty_like(page.data)
@@ -201,32 +247,68 @@ class PageTable:
             self.addresses = self.addresses.index_select(0, wanted)
 
     def to(self, device: torch.device) -> None:
-        """Move pages and tables to a device; pages that rows share stay shared, other caches keep theirs."""
-        if self.addresses is None or self.counts is None or self.addresses.device == device:
+        """Move pages and tables to a device; pages that rows share stay shared, other tables keep theirs.
+
+        Those that lie in host memory for offloading may have other owners there, of which `filled` does not tell: they
+        count as filled.
+        """
+        if self.addresses is None or self.counts is None or (self.addresses.device == device and not self.evicted):
             return
-        moved: dict[int, Page] = {}
-        for row in self.rows:
-            for p, page in enumerate(row):
-                if id(page) not in moved:
-                    moved[id(page)] = Page(page.data.to(device), page.filled)
-                row[p] = moved[id(page)]
+        evicted, self.evicted = self.evicted, False
+        self._replace(lambda page: Page(page.data.to(device), PAGE_TILES if evicted else page.filled))
         self.counts, self._first = self.counts.to(device), None
         self.used = None if self.used is None else self.used.to(device)
         self.addresses = self.addresses.to(device)
-        self._refresh()
+        self._refresh(self.addresses)
 
-    def _refresh(self) -> None:
-        """Write the addresses of all pages anew."""
-        assert self.addresses is not None
+    def evict(self, store: Callable[[Tensor], Tensor]) -> None:
+        """Put the pages into host memory, for offloading. store: a page's bytes to a copy there."""
+        if self.addresses is None or self.evicted:
+            return
+        self._replace(lambda page: page.evicted(store))
+        self.evicted = True
         self.addresses.zero_()
-        for b, row in enumerate(self.rows):
-            for p, page in enumerate(row):
-                self.addresses[b, p] = page.data.data_ptr()
+
+    def fetch(self, load: Callable[[Tensor], Tensor]) -> None:
+        """Bring evicted pages back to the device. load: a page's bytes to a copy there."""
+        if self.addresses is None or not self.evicted:
+            return
+        self._replace(lambda page: page.fetched(load))
+        self.evicted = False
+        self._refresh(self.addresses)
+
+    def _replace(self, change: Callable[[Page], Page]) -> None:
+        """Put another page in the place of each, one for all rows that hold it. After an error all are as they were."""
+        new: dict[int, Page] = {}
+        for row in self.rows:
+            for page in row:
+                if id(page) not in new:
+                    new[id(page)] = change(page)
+        self.rows = [[new[id(page)] for page in row] for row in self.rows]
+
+    def _refresh(self, addresses: Tensor) -> None:
+        """Write the addresses of all pages anew."""
+        addresses.zero_()
+        numbers = [[page.data.data_ptr() for page in row] for row in self.rows]
+        if numbers and numbers[0]:
+            addresses[:, : len(numbers[0])] = torch.tensor(numbers, dtype=torch.int64, device=addresses.device)
+
+    def contents(self) -> tuple[list[Tensor], list[list[int]]]:
+        """The bytes of every page, once, with zeros in slots not in use; and for each row, which pages it has."""
+        pages: list[Tensor] = []
+        number: dict[int, int] = {}
+        for p, column in enumerate(zip(*self.rows, strict=True)):
+            slots = min(PAGE_TILES, self.tiles - p * PAGE_TILES)
+            for page in column:
+                if id(page) not in number:
+                    number[id(page)] = len(pages)
+                    pages.append(page.data if slots == PAGE_TILES else _blanked(page.data, slots, self.layout))
+        return pages, [[number[id(page)] for page in row] for row in self.rows]
 
     def slots_in_use(self) -> dict[int, tuple[Page, int]]:
-        """Per page (by identity): the page, and how many of its slots this table uses."""
+        """Per page (by the address of its bytes): the page, and how many of its slots this table uses."""
         return {
-            id(page): (page, min(PAGE_TILES, self.tiles - p * PAGE_TILES))
+            page.data.data_ptr(): (page, min(PAGE_TILES, self.tiles - p * PAGE_TILES))
             for row in self.rows
             for p, page in enumerate(row)
         }
@@ -237,6 +319,7 @@ class PageTable:
         other.layout = list(self.layout)
         other.rows = [list(row) for row in self.rows]
         other.tiles, other.tokens, other._cut = self.tiles, self.tokens, dict(self._cut)
+        other.evicted = self.evicted
         with normal_mode():
             other.addresses = None if self.addresses is None else self.addresses.clone()
             other.counts = None if self.counts is None else self.counts.clone()
@@ -251,5 +334,11 @@ class PageTable:
         self.__dict__.update(state)
         shared: dict[int, Page] = {}  # the unpickler restores one tensor object per shared page
         self.rows = [[shared.setdefault(id(data), Page(data, filled)) for data, filled in row] for row in state["rows"]]
-        if self.addresses is not None:
-            self._refresh()  # the old addresses belong to another process
+        if self.addresses is not None and not self.evicted:
+            self._refresh(self.addresses)  # the old addresses belong to another process
+
+
+def _blanked(page: Tensor, slots: int, layout: Sequence[int]) -> Tensor:
+    copy = page.clone()
+    _pages.blank(copy, slots, _tables.parse_layout(layout))
+    return copy

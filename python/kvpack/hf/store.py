@@ -22,7 +22,7 @@ from kvpack import ops
 from kvpack.ops import TILE
 from kvpack.spec import CodecSpec
 
-from . import checks, padding, page_ops
+from . import checks, offload, padding, page_ops
 from .pages import PageTable, normal_mode
 from .stats import Counters
 
@@ -36,6 +36,7 @@ class Store:
 
     length: tokens in each row. Each of them is a sink, in a tile, in the window, or pending.
     epoch: raised by every change but appending; what refers to an older one is no longer true.
+    away: the pages are in host memory, or on their way back: `bring` them before they are read or written.
     """
 
     device: torch.device
@@ -72,6 +73,7 @@ class Store:
         self.pads: Tensor | None = None  # int64 [B]; None: no padding, as far as is known
         self.pad_max = 0
         self.rows: Tensor | None = None  # int32 [B, 2], pad and sink_start; None: zeros
+        self.away = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -115,11 +117,7 @@ class Store:
         end = begin + fresh
         keys, values = self.window
         if end <= self.window_size + TILE:
-            if torch.compiler.is_compiling() or self.dtype not in _COPIED:
-                keys.narrow(2, begin, fresh).copy_(own[KEY])
-                values.narrow(2, begin, fresh).copy_(own[VALUE])
-            else:
-                ops.append(keys, values, own[KEY], own[VALUE], begin)
+            _write((keys, values), own, begin)
             exact = (keys, values)
         else:
             exact = (
@@ -167,22 +165,18 @@ class Store:
         if end >= self.window_size + TILE:
             end = self._pack(stream, end)
         else:
-            self.window = self._buffers(stream, self.window_size + TILE)
+            self.window = self.buffers(stream, self.window_size + TILE)
         self.window_count = end
         if self.sinks_wanted:
-            self.sinks = self._buffers(sinks, self.sinks_wanted)
+            self.sinks = self.buffers(sinks, self.sinks_wanted)
         self.pending = None
 
-    def _buffers(self, content: Pair, capacity: int) -> Pair:
+    def buffers(self, content: Pair, capacity: int) -> Pair:
         """New buffers of `capacity` tokens that begin with the content."""
-        out = []
-        for tokens in content:
-            b, h, n, d = tokens.shape
-            with normal_mode():
-                buffer = torch.empty((b, h, capacity, d), dtype=tokens.dtype, device=tokens.device)
-            buffer[:, :, :n] = tokens
-            out.append(buffer)
-        return out[KEY], out[VALUE]
+        with normal_mode():
+            keys, values = (x.new_empty((*x.shape[:2], capacity, x.shape[3])) for x in content)
+        _write((keys, values), content, 0)
+        return keys, values
 
     def _pack(self, exact: Pair, count: int) -> int:
         """Pack whole tiles from the head of `count` exact tokens; the rest starts a new window.
@@ -206,7 +200,7 @@ class Store:
             self.write_tiles(addresses, used, keys, values, self.layout)
         self.fresh = tiles
         rest = (exact[KEY][:, :, stop:count], exact[VALUE][:, :, stop:count])
-        self.window = self._buffers(rest, self.window_size + TILE)
+        self.window = self.buffers(rest, self.window_size + TILE)
         return count - stop
 
     def write_tiles(self, addresses: Tensor, used: Tensor, keys: Tensor, values: Tensor, layout: list[int]) -> None:
@@ -312,12 +306,50 @@ class Store:
         self.batch = len(rows)
         self.expected = (self.batch, *self.expected[1:])
 
-    def move(self, device: torch.device) -> None:
-        """Move everything to a device."""
+    def to(self, device: torch.device) -> None:
+        """Move everything to a device, where the layer then works."""
+        self.settle()
         self.epoch += 1
         with normal_mode():
             self._each(lambda x: x.to(device))
-        self.table.to(device)
+            self.table.to(device)
+            self.unread = None if self.unread is None else self.unread.to(device)
+        self.away = False
+        if self.is_initialized:
+            self.device = device
+
+    # Offloading: the pages of a layer wait in host memory while others are at work. Sinks and window stay.
+
+    def offload(self) -> None:
+        """Put the packed pages into host memory. Nothing, where the layer works in it."""
+        transfer = offload.transfer(self.device) if self.is_initialized else None
+        if transfer is not None and self.table.tiles and not self.table.evicted:
+            self.settle()
+            self.epoch += 1
+            with normal_mode():
+                self.table.evict(transfer.store)
+            self.away = True
+
+    def prefetch(self) -> None:
+        """Start to bring the packed pages back to the device; on CUDA, beside what runs there."""
+        if self.table.evicted:
+            transfer = offload.transfer(self.device)
+            assert transfer is not None
+            with transfer.ahead(), normal_mode():
+                self.table.fetch(transfer.load)
+
+    def bring(self) -> None:
+        """Have the pages on the device."""
+        self.prefetch()
+        transfer = offload.transfer(self.device)
+        assert transfer is not None
+        transfer.ready()
+        self.away = False
+
+    def settle(self) -> None:
+        """Wait for pages that are on their way."""
+        if self.away and not self.table.evicted:
+            self.bring()
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every tensor that is not in the table."""
@@ -329,3 +361,13 @@ class Store:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor))
+
+
+def _write(buffers: Pair, tokens: Pair, begin: int) -> None:
+    """Copy tokens into buffers, from token `begin` on."""
+    keys, values = tokens
+    if torch.compiler.is_compiling() or keys.dtype not in _COPIED:
+        for buffer, new in zip(buffers, tokens, strict=True):
+            buffer.narrow(2, begin, new.shape[2]).copy_(new)
+    else:
+        ops.append(*buffers, keys, values, begin)

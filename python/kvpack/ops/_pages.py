@@ -103,6 +103,19 @@ def _write_means(means: Tensor, side: int, layout: Layout, new: Tensor) -> None:
         means[..., maps] = new[..., 0, -sizes.map :]
 
 
+def blank(page: Tensor, slots: int, layout: Layout) -> None:
+    """Zero what a page uint8 [page_bytes] holds beyond its first ``slots`` slots: records, and means of tiles."""
+    heads = page.view(layout.kv_heads, layout.head)
+    records = PAGE_TILES * layout.record
+    heads[:, slots * layout.record : records] = 0
+    for side in (KEY, VALUE):
+        if layout.sections[side].mean_count == PAGE_TILES:
+            levels, scales, _ = _mean_parts(side, layout)
+            for part in (levels, scales):
+                size = (part.stop - part.start) // PAGE_TILES
+                heads[:, records + part.start + slots * size : records + part.stop] = 0
+
+
 def write_tiles(table: Tensor, tokens: tuple[Tensor, Tensor], first_tile: int, layout: Layout) -> None:
     """Encode keys and values [B, kv_heads, 64 * tiles, d] as the tiles from ``first_tile`` on.
 
