@@ -3,9 +3,10 @@
     python benchmarks/snapshot.py                         32 layers, 8 KV heads, d = 128, 32,768 tokens, tq4
     python benchmarks/snapshot.py --tokens 8192 --codec tcq3/tcq2 --folder /dev/shm
 
-The file is in the page cache of the system when it is loaded, but for the line "cold", before which the system is asked
-to drop it. Everything is verified in each of them, and what comes back is compared: the bytes of every page, and the
-attention of a token over the last layer, which must be equal to the bit. Random keys and values; no model is run.
+Each load is the first of a new process, after its imports. The file is in the page cache of the system, but for the
+line "cold", before which the system is asked to drop it. Everything is verified in each of them. What comes back is
+compared: the bytes of every page, and the attention of a token over the last layer, which must be equal to the bit.
+Keys and values are random; no model is run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -64,17 +67,20 @@ def drop(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def seconds(run: Callable[[], Any], rounds: int, before: Callable[[], None] | None = None) -> list[float]:
-    """Time of each round; what a round makes is gone before the next begins."""
-    times = []
-    for _ in range(rounds):
-        if before is not None:
-            before()
-        begin = time.perf_counter()
-        made = run()
-        times.append(time.perf_counter() - begin)
-        del made
-    return times
+def seconds(run: Callable[[], Any]) -> float:
+    """How long it takes."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def load_in_a_new_process(path: Path, args: argparse.Namespace, mmap: bool) -> float:
+    """Seconds that its first load takes there."""
+    options = [
+        f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("layers", "kv-heads", "head-dim", "threads")
+    ]
+    command = [sys.executable, __file__, *options, f"--child={'map' if mmap else 'read'}", f"--folder={path}"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
@@ -85,7 +91,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--codec", default="tq4", help="key codec, or key/value codecs")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", choices=("read", "map"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="where the file is written (default: the system's temporary folder)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -97,13 +104,20 @@ def main() -> None:
         head_dim=args.head_dim,
         hidden_size=4 * args.kv_heads * args.head_dim,
     )
+    if args.child:
+        kvpack.Cache(config)  # what is imported when it is first needed
+        print(seconds(lambda: kvpack.Cache.load(args.folder, config, mmap=args.child == "map")))
+        return
     cache = filled(config, args.codec, args.tokens)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "cache.kvpack"
-        rows = {"save, to the disk": seconds(lambda: cache.save(path), min(args.rounds, 3))}
-        rows["load"] = seconds(lambda: kvpack.Cache.load(path, config), args.rounds)
-        rows["load, mmap=True"] = seconds(lambda: kvpack.Cache.load(path, config, mmap=True), args.rounds)
-        rows["load, cold"] = seconds(lambda: kvpack.Cache.load(path, config), 3, lambda: drop(path))
+        rows: dict[str, list[float]] = {"save, to the disk": [], "load": [], "load, mmap=True": [], "load, cold": []}
+        for _ in range(args.rounds):
+            rows["save, to the disk"].append(seconds(lambda: cache.save(path)))
+            rows["load"].append(load_in_a_new_process(path, args, mmap=False))
+            rows["load, mmap=True"].append(load_in_a_new_process(path, args, mmap=True))
+            drop(path)
+            rows["load, cold"].append(load_in_a_new_process(path, args, mmap=False))
         size = path.stat().st_size
         wanted = attention(cache.fork(1)[0], config)
         for mmap in (False, True):
