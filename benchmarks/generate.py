@@ -1,9 +1,10 @@
 """Tokens per second of a whole model, by cache and context: DynamicCache, transformers' quantized caches, our codecs.
 
-    python benchmarks/generate.py                                  the default model at 512, 2048 and 8128 tokens
-    python benchmarks/generate.py --dtype bfloat16 --threads 1 --codecs tq4,tcq3 --peers none
-    python benchmarks/generate.py --model random --contexts 16384  a Llama of random weights, head size 128
+    python benchmarks/generate.py                    writes docs/generate.md: half an hour
+    python benchmarks/generate.py --models default --dtypes bfloat16 --codecs tq4,tcq3 --peers none --doc ""
+    python benchmarks/generate.py --models random --random-contexts 16384 --doc ""
 
+The default model at 512, 2048 and 8128 tokens, and a Llama of random weights with a head size of 128 at 16384.
 Every cache decodes from the same context, round by round, in rotating order; ratios to DynamicCache are formed within
 a round, and printed with their 10th and 90th percentile. A further run of each cache under torch's profiler says where
 its time goes: in attention (for peers, taking tokens out of their cache is not in it), and in aten::cat, which is how
@@ -15,11 +16,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from attend import ROOT, processor
 
 from kvpack import isa, ops
 from kvpack.eval import load_model, load_text
@@ -28,6 +33,7 @@ from kvpack.eval.models import RANDOM, random_model
 from kvpack.eval.modes import forward
 from kvpack.eval.peers import Peer, fill_peer, peer
 from kvpack.eval.quality import available
+from kvpack.eval.quality_report import write_doc
 from kvpack.eval.speed import DecodeSpeed, decode_speed, prefill
 from kvpack.eval.texts import DEFAULT_TEXT, cut_windows
 from kvpack.hf import handle
@@ -120,30 +126,17 @@ def line(row: DecodeSpeed, attention: float, cat: float, python: float | None) -
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="default")
-    add("--text", default=DEFAULT_TEXT)
-    add("--contexts", default="512,2048,8128")
-    add("--codecs", default="exact,q8_0,q4_0,tq4,tq4/tq3,tq3,tq2,tcq4,tcq3,tcq2")
-    add("--peers", default="quanto int4,hqq int4,transformers fp8", help="peers, or none")
-    add("--dtype", default="float32")
-    add("--threads", type=int, default=1)
-    add("--rounds", type=int, default=8)
-    add("--tokens", type=int, default=4, help="tokens of a round")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.model == RANDOM:
-        loaded = random_model(options.dtype, layers=2, **RANDOM_SIZES)
+def tables(name: str, dtype: str, contexts: list[int], options: argparse.Namespace) -> Iterator[str]:
+    """A heading, then a table for each context."""
+    if name == RANDOM:
+        loaded = random_model(dtype, layers=2, **RANDOM_SIZES)
     else:
-        loaded = load_model(options.model, dtype=options.dtype)
+        loaded = load_model(name, dtype=dtype)
     names = [] if options.peers == "none" else options.peers.split(",")
     peers = available([peer(name) for name in names], print)
     caches: list[CacheSpec | Peer] = [*(CacheSpec.of(name) for name in options.codecs.split(",")), *peers]
-    how = f"threads: {options.threads}, ISA {isa.active()}, {options.rounds} rounds of {options.tokens} tokens"
-    print(f"{loaded.label}, {how}\n")
-    for length in (int(x) for x in options.contexts.split(",")):
+    yield f"## {loaded.label}"
+    for length in contexts:
         if loaded.random:
             context, token = random_context(loaded.model, length), 1
         else:
@@ -152,16 +145,46 @@ def main() -> None:
         rows = decode_speed(
             loaded.model, context, caches, token, rounds=options.rounds, tokens_per_round=options.tokens
         )
-        print(f"**{length} tokens**\n")
-        print("| cache | MB | smaller | tokens/s | x DynamicCache | attention | cat | Python us |")
-        print("|---|---|---|---|---|---|---|---|")
+        lines = [
+            f"**{length} tokens**\n",
+            "| cache | MB | smaller | tokens/s | x DynamicCache | attention | cat | Python us |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for row, cache in zip(rows, [None, *caches], strict=True):
             attention, cat = shares(loaded.model, context, cache, token, options.tokens)
             python = None
             if isinstance(cache, CacheSpec):
                 python = python_microseconds(loaded.model, context, cache, token, PYTHON_TOKENS)
-            print(line(row, attention, cat, python), flush=True)
-        print()
+            lines.append(line(row, attention, cat, python))
+        yield "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", default=f"default,{RANDOM}")
+    add("--text", default=DEFAULT_TEXT)
+    add("--contexts", default="512,2048,8128")
+    add("--random-contexts", default="16384", help="of the model of random weights")
+    add("--codecs", default="exact,q8_0,q4_0,tq4,tq4/tq3,tq3,tq2,tcq4,tcq3,tcq2")
+    add("--peers", default="quanto int4,hqq int4,transformers fp8", help="peers, or none")
+    add("--dtypes", default="float32,bfloat16")
+    add("--threads", type=int, default=1)
+    add("--rounds", type=int, default=8)
+    add("--tokens", type=int, default=4, help="tokens of a round")
+    add("--doc", default=str(ROOT / "docs/generate.md"), help="written between its markers; empty: none")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    how = f"threads: {options.threads}, ISA {isa.active()}, {options.rounds} rounds of {options.tokens} tokens."
+    parts = [f"{processor()}, torch {torch.__version__}, transformers {transformers.__version__}, {how}"]
+    print(parts[0] + "\n")
+    for name, dtype in itertools.product(options.models.split(","), options.dtypes.split(",")):
+        contexts = options.random_contexts if name == RANDOM else options.contexts
+        for part in tables(name, dtype, [int(x) for x in contexts.split(",")], options):
+            print(part + "\n", flush=True)
+            parts.append(part)
+    if options.doc:
+        write_doc(Path(options.doc), "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,22 @@ function(kvpack_warnings target)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Werror)
 endfunction()
 
+# The instructions that multiply bytes and look levels up, as regular expressions.
+set(kvpack_avx2_instructions vpmaddubsw vpshufb)
+set(kvpack_avx_vnni_instructions vpdpbusd vpshufb)
+set(kvpack_avx512_vnni_instructions vpdpbusd vpshufb)
+set(kvpack_avx512_vbmi_instructions vpdpbusd "vperm(b|[it]2b)")
+set(kvpack_neon_instructions "smull2?" "tb[lx]")
+set(kvpack_neon_dotprod_instructions sdot "tb[lx]")
+
 # kvpack_add_isa(name flags...): compiles csrc/isa/<name>.cpp with those flags, and nothing else with them. In test
 # builds, a test fails when the object exports a weak symbol: the linker could pick it for a machine without the ISA.
 function(kvpack_add_isa name)
   add_library(isa_${name} OBJECT csrc/isa/${name}.cpp)
   target_include_directories(isa_${name} PRIVATE csrc)
-  # Units are large. Sanitized ones, and the scalar one of a cross build (no test runs it), are optimized less.
+  # Units are large. Those that are sanitized, or emulated but for KVPACK_TEST_ALL, are optimized less.
   set(optimize -O3)
-  if(KVPACK_SANITIZE OR (CMAKE_CROSSCOMPILING AND KVPACK_TESTS AND NOT KVPACK_TEST_ALL AND name STREQUAL "scalar"))
+  if(KVPACK_SANITIZE OR (CMAKE_CROSSCOMPILING AND KVPACK_TESTS AND NOT KVPACK_TEST_ALL))
     set(optimize -O1)
   endif()
   target_compile_options(isa_${name} PRIVATE ${ARGN} ${optimize} -ffp-contract=off -fno-math-errno -fno-exceptions -fno-rtti)
@@ -34,20 +42,17 @@ function(kvpack_add_isa name)
         target_compile_options(isa_${name} PRIVATE "SHELL:--param asan-stack=0")
       endif()
     endif()
-  elseif(KVPACK_TESTS AND optimize STREQUAL "-O3")
-    # nm apart from grep: where nm fails, or finds no table, the test must fail too.
+  elseif(KVPACK_TESTS)
     if(NOT name STREQUAL "scalar")
-      add_test(NAME isa_${name}_prefetches
-        COMMAND "${CMAKE_SOURCE_DIR}/tests/cpp/prefetches.sh" "${CMAKE_OBJDUMP}" "$<TARGET_OBJECTS:isa_${name}>")
-    endif()
-    if(name MATCHES "^neon")
-      string(REPLACE neon_ "" product "${name}")
-      string(REPLACE neon "" product "${product}")
       add_test(NAME isa_${name}_instructions
-        COMMAND "${CMAKE_SOURCE_DIR}/tests/cpp/neon_instructions.sh" "${CMAKE_OBJDUMP}" "$<TARGET_OBJECTS:isa_${name}>" ${product})
+        COMMAND "${CMAKE_SOURCE_DIR}/tests/cpp/instructions.sh" "${CMAKE_OBJDUMP}" "$<TARGET_OBJECTS:isa_${name}>"
+          ${kvpack_${name}_instructions})
     endif()
-    add_test(NAME isa_${name}_has_no_weak_symbols
-      COMMAND sh -c "symbols=$('${CMAKE_NM}' -C --defined-only '$<TARGET_OBJECTS:isa_${name}>') && echo \"$symbols\" | grep -q kTable_${name} && ! echo \"$symbols\" | grep -E ' [WVu] '")
+    if(optimize STREQUAL "-O3")  # with less, constants of the headers remain, which are weak
+      # nm apart from grep: where nm fails, or finds no table, the test must fail too.
+      add_test(NAME isa_${name}_has_no_weak_symbols
+        COMMAND sh -c "symbols=$('${CMAKE_NM}' -C --defined-only '$<TARGET_OBJECTS:isa_${name}>') && echo \"$symbols\" | grep -qE 'k(Table|Readers)_${name}' && ! echo \"$symbols\" | grep -E ' [WVu] '")
+    endif()
   endif()
   target_sources(kvpack_core PRIVATE $<TARGET_OBJECTS:isa_${name}>)
   target_compile_definitions(kvpack_core PRIVATE KVPACK_LEVEL_${name})

@@ -12,4 +12,4 @@ if ! cmp -s requirements/oldest.txt "$folder/requirements.txt"; then
 fi
 export PYTHONPATH="$PWD/$folder"
 $python -c 'import transformers; print("transformers", transformers.__version__)' || exit 1
-exec $python -m pytest -q -n 2 "$@" tests/hf tests/eval tests/cli tests/packaging/test_import.py
+exec $python -m pytest -q -n 2 "$@" tests/families tests/hf tests/eval tests/cli tests/packaging/test_import.py

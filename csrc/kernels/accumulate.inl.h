@@ -31,15 +31,30 @@ constexpr Dither kDither{};
   __builtin_memcpy(out, byte, sizeof byte);
 }
 
-// Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane. `worth`: of a unit of the
-// integer sums. Rows side by side, so that reductions and divisions overlap.
-template <class S, int G, bool High, int Operands>
+// The largest size of a level.
+template <class Codec>
+constexpr int largest_level() {
+  if constexpr (Codec::kBits == 8 || Codec::kTrellis) return 128;
+  if constexpr (Codec::kBits == 5) return 16;
+  if constexpr (Codec::kBits != 8 && Codec::kBits != 5 && !Codec::kTrellis) {
+    int largest = 0;
+    for (int i = 0; i < 1 << Codec::kBits; ++i) {
+      const int level = Codec::kLevels.level[i];
+      largest = level > largest ? level : -level > largest ? -level : largest;
+    }
+    return largest;
+  }
+}
+
+// Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane. Largest: the largest size of
+// a level. `worth`: of a unit of the integer sums. Rows side by side, so that reductions and divisions overlap.
+template <class S, int Largest, int G, bool High, int Operands>
 [[gnu::always_inline]] inline void quantize_probs(const float* probs, const uint16_t* scales, int dither,
                                                   int32_t (&operand)[High ? 2 : 1][G][Operands], float* worth) {
   using namespace kvpack;
   using F = typename S::F;
-  constexpr int kBase = S::kProbMax + 1;
-  constexpr float kSteps = High ? static_cast<float>(kBase * kBase - 1) : static_cast<float>(S::kProbMax - 1);
+  constexpr int kBase = S::kProbBase;
+  constexpr float kSteps = static_cast<float>(High ? (S::kProbMax + 1) * kBase - 1 : S::kProbMax - 1);
   alignas(64) float size[kTile];
   F top[4];
   for (int g = 0; g < 4; ++g) top[g] = S::set1(1e-30F);
@@ -47,7 +62,7 @@ template <class S, int G, bool High, int Operands>
     const F scale = S::abs(load_scales<S>(scales + t));
     S::store(size + t, scale);
     unrolled<G>([&](int g) __attribute__((always_inline)) {
-      top[g] = S::max(top[g], S::mul(S::load(probs + g * kTile + t), scale));
+      top[g] = S::max(top[g], S::template prob_bound<Largest>(S::mul(S::load(probs + g * kTile + t), scale)));
     });
   }
   float max[4], to_steps[4];
@@ -104,7 +119,8 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     const int lane_blocks = grid.lane_blocks(sb), block = blocks == 1 ? 0 : (sb * 64 + v0 * S::kLanes) / 32;
     if (block != ready) {
       if constexpr (Codec::kSignedScales) sign_bytes(a.tile.scales + block * kTile, negative);
-      quantize_probs<S, G, High>(a.probs, a.tile.scales + block * kTile, a.dither, operand, worth);
+      quantize_probs<S, largest_level<Codec>(), G, High>(a.probs, a.tile.scales + block * kTile, a.dither, operand,
+                                                         worth);
       if constexpr (Codec::kAsymmetric)
         for (int g = 0; g < G; ++g) {
           bias[g] = middle_of<S, Codec>(a.probs + g * kTile, a.tile.scales + block * kTile,
@@ -146,7 +162,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
         float* out = a.out + static_cast<ptrdiff_t>(g) * a.out_stride + sb * 64 + (v0 + v) * S::kLanes;
         typename S::F sum = S::to_float(acc[0][g][v]);
         if constexpr (High)
-          sum = S::fma(sum, S::set1(static_cast<float>(S::kProbMax + 1)), S::to_float(acc[kPlanes - 1][g][v]));
+          sum = S::fma(sum, S::set1(static_cast<float>(S::kProbBase)), S::to_float(acc[kPlanes - 1][g][v]));
         typename S::F before = S::load(out);
         if constexpr (Codec::kAsymmetric) before = S::add(before, S::set1(bias[g]));
         S::store(out, S::fma(sum, S::set1(worth[g]), before));

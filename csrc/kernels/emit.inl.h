@@ -1,4 +1,4 @@
-// Fills a KernelTable from a policy: every kernel, for every line of codecs.def.
+// Fills a KernelTable, or the Readers of one, from a policy: every kernel, for every line of codecs.def.
 #pragma once
 #include "kernels/accumulate.inl.h"
 #include "kernels/decode.inl.h"
@@ -49,7 +49,7 @@ constexpr auto accumulate_of() {
 }
 
 template <class S, class Codec, int G>
-constexpr void emit_group(kvpack::KernelTable& t, int id) {
+constexpr void emit_group(kvpack::Readers& t, int id) {
   if constexpr (G <= S::kGroup) {
     t.score[id][G - 1] = score_of<S, Codec, G>();
     t.accumulate[id][G - 1] = accumulate_of<S, Codec, G>();
@@ -59,17 +59,30 @@ constexpr void emit_group(kvpack::KernelTable& t, int id) {
   }
 }
 
+template <class S>
+constexpr kvpack::Readers emit_readers() {
+  using namespace kvpack;
+  Readers t{};
+  t.quantize_query = quantize_query<S>;
+  const auto emit_codec = [&]<class Codec>(int id) {
+    if constexpr (Codec::kBits != 0 && !TwoParts<Codec>) {  // parts are read by the codecs that they are
+      emit_group<S, Codec, 1>(t, id);
+      emit_group<S, Codec, 2>(t, id);
+      emit_group<S, Codec, 3>(t, id);
+      emit_group<S, Codec, 4>(t, id);
+    }
+  };
+#define KVPACK_CODEC(id, name, Traits, what, source) emit_codec.template operator()<Traits>(id);
+#include "codecs/codecs.def"
+#undef KVPACK_CODEC
+  return t;
+}
+
 template <class S, class Codec>
 constexpr void emit_codec(kvpack::KernelTable& t, int id) {
   if constexpr (Codec::kBits != 0 && !Codec::kSplit) {  // the parts of split codecs are encoded apart
     t.encode[id] = encode<S, Codec>;
     t.decode[id] = decode<S, Codec>;
-  }
-  if constexpr (Codec::kBits != 0 && !kvpack::TwoParts<Codec>) {  // parts are read by the codecs that they are
-    emit_group<S, Codec, 1>(t, id);
-    emit_group<S, Codec, 2>(t, id);
-    emit_group<S, Codec, 3>(t, id);
-    emit_group<S, Codec, 4>(t, id);
   }
 }
 
@@ -88,11 +101,11 @@ template <class S>
 constexpr kvpack::KernelTable emit(const char* name) {
   using namespace kvpack;
   KernelTable t{};
+  static_cast<Readers&>(t) = emit_readers<S>();
   t.name = name;
   t.rotate = rotate<S>;
-  t.project = project<S>;
+  t.project = project_one<S>;
   t.project_back = project_back<S>;
-  t.quantize_query = quantize_query<S>;
   t.softmax = softmax<S>;
   t.softcap = softcap<S>;
   t.score_mean = score_mean<S>;

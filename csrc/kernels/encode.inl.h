@@ -155,24 +155,26 @@ int32_t encode_projected(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   pack_codes<static_cast<int>(2 * First::kBits), false>(a.scratch, d, a.side, a.tile.codes);
   static constexpr LevelTable kLevels = First::kLevels;
   const float root = static_cast<float>(__builtin_sqrt(static_cast<double>(d)));
-  alignas(64) float projected[kMaxHeadDim];
   int32_t status = 0;
   for (int t = 0; t < kTile; ++t) {
-    uint8_t* codes = a.scratch + t * d;
+    const uint8_t* codes = a.scratch + t * d;
     float* y = a.x + t * d;
     a.tile.scales[kTile + t] = 0;
-    if (!vectors[t].live) {
-      __builtin_memset(codes, 1, static_cast<size_t>(d));
-      continue;
-    }
+    if (!vectors[t].live) continue;
     const float step = scales[t] * root;
     for (int i = 0; i < d; ++i) y[i] = y[i] - step * static_cast<float>(kLevels.level[codes[i]]);
     const float n2 = lane_sum<S>(d, [&](int i) { return S::mul(S::load(y + i), S::load(y + i)); });
     const float rms = __builtin_sqrtf(n2) * static_cast<float>(1.0 / d);
     report(status, store_scale(rms, vectors[t].e, a.tile.scales + kTile + t), t);
-    project<S>(a.projection->columns, y, projected, d);
-    for (int i = 0; i < d; ++i) codes[i] = projected[i] >= 0.0F ? 1 : 0;
   }
+  project<S>(
+      a.projection->columns, a.x, kTile, d, [&](int t, int row, typename S::F y) __attribute__((always_inline)) {
+        alignas(64) float projected[S::kLanes];
+        S::store(projected, y);
+        for (int i = 0; i < S::kLanes; ++i) a.scratch[t * d + row + i] = projected[i] >= 0.0F ? 1 : 0;
+      });
+  for (int t = 0; t < kTile; ++t)
+    if (!vectors[t].live) __builtin_memset(a.scratch + t * d, 1, static_cast<size_t>(d));
   return first == 0 || status == 0 ? first + status : first > status ? first : status;  // the earlier token
 }
 

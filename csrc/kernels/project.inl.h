@@ -3,30 +3,51 @@
 // The signs of a projected residual are codes: terms are multiplied, then added, one column after the other, so that
 // they are the same on every level.
 #pragma once
+#include "kernels/blocking.inl.h"
 #include "kernels/table.h"
 
 namespace {
 
-// Rows [first, first + N): sums stay in registers, or nearly so, and enough of them are in flight.
-template <class S, int N>
-[[gnu::always_inline]] inline void project_rows(const float* columns, const float* x, float* out, int d) {
-  constexpr int kVectors = N / S::kLanes;
-  typename S::F sum[kVectors];
-  for (int v = 0; v < kVectors; ++v) sum[v] = S::zero();
-  for (int j = 0; j < d; ++j) {
-    const auto factor = S::set1(x[j]);
-    for (int v = 0; v < kVectors; ++v)
-      sum[v] = S::add(sum[v], S::mul(S::load(columns + j * d + v * S::kLanes), factor));
-  }
-  for (int v = 0; v < kVectors; ++v) S::store(out + v * S::kLanes, sum[v]);
+// 16 rows of the products of N vectors: every column is loaded once for all of them.
+template <class S, int N, class Use>
+[[gnu::always_inline]] inline void project_16(const float* columns, const float* x, int d, Use&& use) {
+  constexpr int kVectors = 16 / S::kLanes;
+  typename S::F sum[N][kVectors];
+  for (int n = 0; n < N; ++n)
+    for (int v = 0; v < kVectors; ++v) sum[n][v] = S::zero();
+  for (int j = 0; j < d; ++j)
+    unrolled<N>([&](int n) __attribute__((always_inline)) {
+      const auto factor = S::set1(x[n * d + j]);
+      for (int v = 0; v < kVectors; ++v)
+        sum[n][v] = S::add(sum[n][v], S::mul(S::load(columns + j * d + v * S::kLanes), factor));
+    });
+  for (int n = 0; n < N; ++n)
+    for (int v = 0; v < kVectors; ++v) use(n, v * S::kLanes, sum[n][v]);
+}
+
+// G x of `count` vectors [count][d]: use(vector, row, products of kLanes rows). The matrix does not fit into the first
+// cache, so that four vectors at a time cost half of what one at a time does.
+template <class S, class Use>
+[[gnu::always_inline]] inline void project(const float* columns, const float* x, int count, int d, Use&& use) {
+  constexpr int kAtOnce = S::kLanes == 1 ? 1 : 4;
+  int t = 0;
+  for (; t + kAtOnce <= count; t += kAtOnce)
+    for (int i = 0; i < d; i += 16)
+      project_16<S, kAtOnce>(
+          columns + i, x + t * d,
+          d, [&](int n, int row, typename S::F y) __attribute__((always_inline)) { use(t + n, i + row, y); });
+  for (; t < count; ++t)
+    for (int i = 0; i < d; i += 16)
+      project_16<S, 1>(
+          columns + i, x + t * d,
+          d, [&](int, int row, typename S::F y) __attribute__((always_inline)) { use(t, i + row, y); });
 }
 
 // out = G x.
 template <class S>
-void project(const float* columns, const float* x, float* out, int32_t d) {
-  int i = 0;
-  for (; i + 64 <= d; i += 64) project_rows<S, 64>(columns + i, x, out + i, d);
-  for (; i < d; i += 16) project_rows<S, 16>(columns + i, x, out + i, d);
+void project_one(const float* columns, const float* x, float* out, int32_t d) {
+  project<S>(
+      columns, x, 1, d, [&](int, int row, typename S::F y) __attribute__((always_inline)) { S::store(out + row, y); });
 }
 
 // out += G^T x; decoding is not exact to the bit.

@@ -124,19 +124,24 @@ struct MeanArgs {
   float* out;                       // rows += sum of probabilities * mean
 };
 
-struct KernelTable {
+// Kernels that multiply bytes and look levels up. A level that adds instructions for just that to another one has only
+// these of its own.
+struct Readers {
+  void (*quantize_query)(const QuantizeQueryArgs&);
+  void (*score[kCodecs][kMaxGroup])(const ScoreArgs&);
+  void (*accumulate[kCodecs][kMaxGroup])(const AccumulateArgs&);
+};
+
+struct KernelTable : Readers {
   const char* name;
   void (*rotate)(float* x, int64_t rows, int32_t head_dim, const float* signs, bool inverse);
   void (*project)(const float* columns, const float* x, float* out, int32_t head_dim);
   void (*project_back)(const float* columns, const float* x, float* out, int32_t head_dim);  // adds
-  void (*quantize_query)(const QuantizeQueryArgs&);
   SoftmaxResult (*softmax)(const SoftmaxArgs&);
   void (*softcap)(float* scores, int32_t n, float cap);
   void (*score_mean)(const MeanArgs&);
   void (*accumulate_mean)(const MeanArgs&);
   int32_t (*encode_mean)(const EncodeArgs&);
-  void (*score[kCodecs][kMaxGroup])(const ScoreArgs&);
-  void (*accumulate[kCodecs][kMaxGroup])(const AccumulateArgs&);
   void (*exact_score[3][kMaxGroup])(const ScoreArgs&);
   void (*dense_score[3])(const DenseArgs&);
   void (*dense_accumulate[3])(const DenseArgs&);

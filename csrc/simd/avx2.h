@@ -1,6 +1,7 @@
-// Policy "avx2" (AVX2, FMA, F16C). 8 lanes. Without VNNI an unsigned-by-signed byte dot saturates (vpmaddubsw), so
-// level bytes and operands are widened to 16 bits, even and odd bytes apart, and vpmaddwd sums pairs exactly.
-// What a policy provides is described in scalar.h.
+// Policy "avx2" (AVX2, FMA, F16C). 8 lanes. Products of unsigned with signed bytes are added in pairs, and saturate at
+// 16 bits (vpmaddubsw). Of keys, it is the size that is multiplied, their sign goes to the query: a pair is at most
+// 2 * 127 * 128. Probabilities have eight bits, but where levels are large no more than 255 in a pair, so that a pair
+// is at most 255 * 128. vpmaddwd with ones adds pairs of pairs. What a policy provides is described in scalar.h.
 #pragma once
 #include <immintrin.h>
 
@@ -12,10 +13,9 @@ namespace {
 struct Avx2 {
   using I = __m256i;
   using F = __m256;
-  struct Code {
-    I even, odd;
-  };
-  static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbMax = 255, kKeyOffset = 0, kOperandDwords = 2;
+  using Code = __m256i;
+  static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbMax = 255, kProbBase = 128, kKeyOffset = 0,
+                       kOperandDwords = 1;
 
   static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static I splat(int32_t v) { return _mm256_set1_epi32(v); }
@@ -76,22 +76,21 @@ struct Avx2 {
   }
   static I flip_sign_bit(I v) { return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80))); }
   static I negate_bytes(I v, I mask) { return _mm256_sub_epi8(_mm256_xor_si256(v, mask), mask); }
-  static Code expand(I levels) {
-    return {_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8), _mm256_srai_epi16(levels, 8)};
-  }
+  static Code expand(I levels) { return levels; }
 
-  // Two dwords for every four depths: depths 0 and 2, depths 1 and 3, as 16-bit integers.
   static void store_operand(int32_t* operand, int at, F v) {
-    const I order = _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                     0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
-    const I halves = _mm256_shuffle_epi8(_mm256_cvttps_epi32(v), order);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(operand + at / 2),
-                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
+    store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
+  }
+  template <int Largest>
+  static F prob_bound(F v) {
+    return 2 * kProbMax * Largest <= 0x7fff ? v : _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1));
   }
   template <kvpack::Side S>
-  static I dot(I acc, const Code& code, const int32_t* operand) {
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(code.even, _mm256_set1_epi32(operand[0])));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(code.odd, _mm256_set1_epi32(operand[1])));
+  static I dot(I acc, Code levels, const int32_t* operand) {
+    const I w = _mm256_set1_epi32(*operand);
+    const I pairs = S == kvpack::Side::key ? _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(w, levels))
+                                           : _mm256_maddubs_epi16(w, levels);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -182,7 +181,7 @@ struct Avx2 {
     const __m128 ab = max_of_pairs(fold_max(a), fold_max(b)), cd = max_of_pairs(fold_max(c), fold_max(d));
     _mm_storeu_ps(out, _mm_max_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
   }
-  // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/prefetches.sh).
+  // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/instructions.sh).
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }

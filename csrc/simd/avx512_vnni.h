@@ -12,7 +12,7 @@ struct Avx512Vnni {
   using I = __m512i;
   using F = __m512;
   using Code = __m512i;
-  static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbMax = 255, kKeyOffset = 128,
+  static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbMax = 255, kProbBase = 256, kKeyOffset = 128,
                        kOperandDwords = 1;
 
   static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -79,6 +79,10 @@ struct Avx512Vnni {
 
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
+  }
+  template <int>
+  static F prob_bound(F v) {
+    return v;
   }
   // Through asm with GCC, which otherwise copies every accumulator once per step and spills some of them.
   [[gnu::always_inline]] static I dpbusd(I acc, I unsigned_bytes, I signed_bytes) {
@@ -184,7 +188,7 @@ struct Avx512Vnni {
     const __m128 ab = max_of_pairs(fold_max(a), fold_max(b)), cd = max_of_pairs(fold_max(c), fold_max(d));
     _mm_storeu_ps(out, _mm_max_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
   }
-  // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/prefetches.sh).
+  // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/instructions.sh).
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }

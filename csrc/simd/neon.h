@@ -14,7 +14,8 @@ struct Neon {
   using I = int32x4_t;
   using F = float32x4_t;
   using Code = int8x16_t;
-  static constexpr int kLanes = 4, kGroup = 4, kAccumulators = 16, kProbMax = 127, kKeyOffset = 0, kOperandDwords = 1;
+  static constexpr int kLanes = 4, kGroup = 4, kAccumulators = 16, kProbMax = 127, kProbBase = 128, kKeyOffset = 0,
+                       kOperandDwords = 1;
 
   static uint8x16_t bytes(I v) { return vreinterpretq_u8_s32(v); }
   static I from(uint8x16_t v) { return vreinterpretq_s32_u8(v); }
@@ -82,6 +83,10 @@ struct Neon {
 
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
+  }
+  template <int>
+  static F prob_bound(F v) {
+    return v;
   }
   template <kvpack::Side>
   static I dot(I acc, Code code, const int32_t* operand) {
@@ -159,7 +164,7 @@ struct Neon {
   static void reduce_max_4(F a, F b, F c, F d, float* out) {
     vst1q_f32(out, vpmaxq_f32(vpmaxq_f32(a, b), vpmaxq_f32(c, d)));
   }
-  // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/prefetches.sh).
+  // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/instructions.sh).
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 
   static void store_int16(int16_t* p, F v) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(v))); }

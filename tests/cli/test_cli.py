@@ -154,10 +154,34 @@ def test_doctor_explains_a_models_layers(tmp_path: Path) -> None:
 
     small = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1)
     transformers.Gemma3TextConfig(**small, head_dim=64, num_hidden_layers=6).save_pretrained(tmp_path / "gemma")
+    transformers.Gemma2Config(**small, head_dim=64, num_hidden_layers=2).save_pretrained(tmp_path / "softcap")
     transformers.LlamaConfig(**small, head_dim=72, num_hidden_layers=2).save_pretrained(tmp_path / "odd")
+    transformers.GPTJConfig(vocab_size=64, n_embd=64, n_head=1, n_layer=2).save_pretrained(tmp_path / "gptj")
+    mimo = transformers.MiMoV2FlashConfig(**small, num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    mimo.save_pretrained(tmp_path / "mimo")
     layers = json.loads(run("doctor", "--json", "--model", str(tmp_path / "gemma")).stdout)["model"]["layers"]
     assert [layer["packed"] for layer in layers] == [False] * 5 + [True]
+    assert [layer["fused"] for layer in layers] == [False] * 5 + [True]
     assert "only full attention" in layers[0]["why"]
+    assert layers[5]["why"] == "sdpa (the default of Gemma3ForCausalLM)"
+
+    def last(name: str) -> dict[str, Any]:
+        layers = json.loads(run("doctor", "--json", "--model", str(tmp_path / name)).stdout)["model"]["layers"]
+        return layers[-1]
+
+    softcap = last("softcap")
+    assert softcap["packed"]
+    if not transformers.Gemma2ForCausalLM._supports_sdpa:  # older versions let it attend without its softcap
+        assert not softcap["fused"]
+        assert softcap["why"] == (
+            "eager (the default of Gemma2ForCausalLM): decodes on every call; kvpack.enable(model) fuses it"
+        )
+    assert (
+        last("gptj")["why"]
+        == "eager (the default of GPTJForCausalLM): decodes on every call; kvpack.enable(model) cannot change that"
+    )
+    assert last("mimo")["head_dims"] == [192, 128]
+    assert "192/128" in run("doctor", "--model", str(tmp_path / "mimo")).stdout
     odd = json.loads(run("doctor", "--json", "--model", str(tmp_path / "odd")).stdout)["model"]
     assert not odd["layers"][0]["packed"]
     assert "72" in odd["layers"][0]["why"]

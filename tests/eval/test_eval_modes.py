@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvpack import Policy, codecs
+from kvpack import Policy, codecs, enable
 from kvpack.eval import (
     CacheSpec,
     EmulationError,
@@ -293,10 +293,12 @@ def _family(name: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:kvpack. not packed")
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "falcon", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma2 enabled", "gemma3", "falcon", "qwen3"])
 def test_families(name: str, ids: Tensor) -> None:
-    """Softcap and eager attention, hybrid layers, a model that calls sdpa itself, query norms."""
-    model = _family(name)
+    """Softcap, eager and under `kvpack.enable`; hybrid layers, a model that calls sdpa itself, query norms."""
+    model = _family(name.removesuffix(" enabled"))
+    if name.endswith("enabled"):
+        enable(model)
     found = agreement(model, ids[0, :160], dict(key="tq3", value="tq2", window=10, fused=False))
     assert found.codec > 1e-6
     assert found.largest < 1e-4

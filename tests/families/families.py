@@ -22,6 +22,7 @@ from ..hf import helpers as h
 GROUPED = {**h.SHAPE, "hidden_size": 64, "intermediate_size": 64, "tie_word_embeddings": False}
 WHOLE = {**GROUPED, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
 del WHOLE["head_dim"]  # these divide the hidden size
+HYBRID: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -72,6 +73,12 @@ def _bart() -> Any:
     )
 
 
+def _gemma2() -> Any:
+    # Eager by default; older versions of transformers prefer sdpa, and leave the softcap out.
+    softcap = {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"}
+    return t.Gemma2Config(**GROUPED, **HYBRID, **softcap)
+
+
 def _gpt2() -> Any:
     return t.GPT2Config(
         vocab_size=h.VOCABULARY,
@@ -120,7 +127,26 @@ def _mimo() -> Any:
     return t.MiMoV2FlashConfig(**{**GROUPED, **sizes}, **types, **EXPERTS, n_routed_experts=4)
 
 
-HYBRID = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24}
+def _gemma3n() -> Any:
+    types = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 24,
+        "num_kv_shared_layers": 2,
+    }
+    own = {"vocab_size_per_layer_input": h.VOCABULARY, "hidden_size_per_layer_input": 16, "laurel_rank": 8}
+    return t.Gemma3nTextConfig(**{**GROUPED, "num_hidden_layers": 4}, **types, **own)
+
+
+def _t5() -> Any:
+    sizes = {"d_model": 64, "d_kv": 64, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "decoder_start_token_id": 1}
+    return t.T5Config(vocab_size=h.VOCABULARY, **sizes, **tokens, initializer_factor=3.0, tie_word_embeddings=False)
+
+
+def _gptj() -> Any:
+    names = ("vocab_size", "initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return t.GPTJConfig(**{name: WHOLE[name] for name in names}, n_embd=128, n_head=2, n_layer=2, rotary_dim=32)
+
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", lambda: t.LlamaConfig(**GROUPED)),
@@ -129,7 +155,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", lambda: t.MistralConfig(**GROUPED, sliding_window=None), notes="without a window"),
     "gemma2": Family(
         "Gemma 2",
-        lambda: t.Gemma2Config(**GROUPED, **HYBRID, query_pre_attn_scalar=64, attn_logit_softcapping=5.0),
+        _gemma2,
         packed=(1,),
         fused=False,
         notes="softcap; every other layer slides",
@@ -140,6 +166,7 @@ FAMILIES: dict[str, Family] = {
         packed=(1,),
         notes="most layers slide",
     ),
+    "gemma3n": Family("Gemma 3n", _gemma3n, packed=(1,), notes="most layers slide; the last ones share"),
     "phi3": Family("Phi-3", lambda: t.Phi3Config(**WHOLE), notes="one projection"),
     "olmo2": Family("OLMo 2", lambda: t.Olmo2Config(**WHOLE), notes="norms after"),
     "gpt_neox": Family("GPT-NeoX", lambda: t.GPTNeoXConfig(**WHOLE, rotary_pct=0.25), notes="partial rotary"),
@@ -174,8 +201,22 @@ FAMILIES: dict[str, Family] = {
         notes="most layers convolve",
     ),
     "bart": Family("BART", _bart, notes="encoder-decoder"),
+    "t5": Family("T5", _t5, notes="encoder-decoder; bias of positions"),
+    "gptj": Family("GPT-J", _gptj, fused=False, enables=False, notes="attends by matrix products of its own"),
 }
 
+
+# What has no layer to pack: title, config, the reason and the layers that the error names.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "Mistral, with a window": (
+        t.MistralConfig(**GROUPED, sliding_window=128),
+        "sliding_attention (layers 0, 1)",
+    ),
+    "DeepSeek V3": (
+        t.DeepseekV3Config(hidden_size=128, num_hidden_layers=3, num_attention_heads=2),
+        "MLA latents (kv_lora_rank) (layers 0, 1, 2)",
+    ),
+}
 
 ATTENTIONS = ("default", "kvpack", "eager")
 
@@ -188,6 +229,8 @@ def model(name: str, attention: str = "default") -> Any:
     if attention == "eager":
         config._attn_implementation = "eager"
     made = h.build(auto.from_config, config)
+    if config.model_type == "t5":
+        made.get_input_embeddings().weight.data /= 30  # else they are nearly all that there is
     if attention == "kvpack":
         kvpack.enable(made)
     return made

@@ -60,7 +60,7 @@ def draft(family: str) -> Any:
     weight = other.get_output_embeddings().weight
     torch.manual_seed(2)
     other.set_output_embeddings(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
-    other.get_output_embeddings().weight.data = weight + 0.3 * weight.std() * torch.randn_like(weight)
+    other.get_output_embeddings().weight.data = weight + 0.7 * weight.std() * torch.randn_like(weight)
     return other
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvpack
 
@@ -49,11 +49,6 @@ def llama(kv_heads: int = 2, attention: str = "sdpa") -> LlamaForCausalLM:
 def small() -> LlamaForCausalLM:
     """One layer, for what is slow."""
     return build(LlamaForCausalLM, LlamaConfig(**{**SHAPE, "num_hidden_layers": 1}))
-
-
-@lru_cache
-def qwen() -> Qwen3ForCausalLM:
-    return build(Qwen3ForCausalLM, Qwen3Config(**SHAPE))
 
 
 def packed(model: Any, **options: Any) -> kvpack.Cache:

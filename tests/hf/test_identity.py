@@ -34,18 +34,6 @@ def test_handles_decode_for_eager_attention() -> None:
     assert sum(ours.stats()[0].fallback_calls.values()) == 100
 
 
-@pytest.mark.full
-@pytest.mark.filterwarnings("ignore")  # flex compiles, and torch warns on the way
-def test_handles_decode_for_flex_attention() -> None:
-    """Transformers compiles flex attention: handles decode inside its graph, which sums in another order."""
-    model = h.llama(2, "flex_attention")
-    ids = h.tokens(1, 140)
-    ours = h.packed(model)
-    assert h.error(h.run(model, ours, ids, [100]), h.run(model, h.stock(model), ids, [100])) <= 1e-5
-    dense = h.packed(model, fused=False)
-    assert torch.equal(h.run(model, dense, ids, [100]), h.run(model, h.stock(model), ids, [100]))
-
-
 def test_corrupted_pages_change_the_logits() -> None:
     """The packed bits are really read."""
     model = h.llama()

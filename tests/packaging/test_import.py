@@ -97,8 +97,8 @@ def test_a_transformers_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch
     transformers = pytest.importorskip("transformers")
     from kvpack.hf import compat
 
-    monkeypatch.setattr(transformers, "__version__", "5.13.1")
-    with pytest.raises(ImportError, match=r"needs transformers 5\.14 or newer, and 5\.13\.1 is installed: pip install"):
+    monkeypatch.setattr(transformers, "__version__", "5.15.1")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.16 or newer, and 5\.15\.1 is installed: pip install"):
         importlib.reload(compat)
     monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
     importlib.reload(compat)

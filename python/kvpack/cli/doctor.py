@@ -78,46 +78,40 @@ def findings() -> dict[str, Any]:
 
 
 def layers_of(config: Any, spec: CacheSpec) -> list[dict[str, Any]]:
-    """Per layer: its type, whether it is packed and with which codecs, why not, and its head sizes where the config
-    tells them.
+    """Per layer: its type, its head sizes (of keys and values) where the config tells them, whether it is packed and
+    with which codecs, whether attention reads it packed, and why not.
     """
-    from kvpack.eval.cachespec import full_layers
-    from kvpack.hf.compat import cache_layers
+    from kvpack.hf import support
     from kvpack.policy import pair_label
 
-    packed = set(full_layers(config))
+    attention = support.attention(config)
     out = []
-    for index, (kind, _, own) in enumerate(cache_layers(config.get_text_config(decoder=True))):
-        heads = getattr(own, "num_attention_heads", None)
-        head_dim = getattr(own, "head_dim", None) or (own.hidden_size // heads if heads else None)
-        why = "full attention"
-        if index not in packed:
-            why = "MLA latents (kv_lora_rank)" if kind == "full_attention" else f"{kind}: only full attention is packed"
-        elif head_dim is not None:
-            trouble = _head_size_trouble(int(head_dim), spec.codecs(index))
-            if trouble:
-                packed.discard(index)
-                why = trouble
+    for index, layer in enumerate(support.layers(config)):
+        own, sizes = layer.config, support.head_sizes(layer.config)
+        trouble = None if layer.why or sizes is None else _head_size_trouble(sizes, spec.codecs(index))
+        packed = layer.why is None and trouble is None
+        why = attention.why if packed else trouble or f"{layer.why}: only full attention over keys and values is packed"
         out.append(
             {
                 "layer": index,
-                "type": kind,
-                "head_dim": head_dim,
-                "kv_heads": getattr(own, "num_key_value_heads", None) or heads,
-                "packed": index in packed,
-                "codecs": pair_label(*spec.codecs(index)) if index in packed else "",
+                "type": layer.type,
+                "head_dims": sizes,
+                "kv_heads": getattr(own, "num_key_value_heads", None) or getattr(own, "num_attention_heads", None),
+                "packed": packed,
+                "codecs": pair_label(*spec.codecs(index)) if packed else "",
+                "fused": packed and attention.fused,
                 "why": why,
             }
         )
     return out
 
 
-def _head_size_trouble(head_dim: int, codecs: tuple[str, str]) -> str | None:
+def _head_size_trouble(head_dims: tuple[int, int], codecs: tuple[str, str]) -> str | None:
     import kvpack
 
     try:
-        for codec, side in zip(codecs, kvpack.spec.SIDES, strict=True):
-            kvpack.codec(codec, head_dim=head_dim, side=side)
+        for size, codec, side in zip(head_dims, codecs, kvpack.spec.SIDES, strict=True):
+            kvpack.codec(codec, head_dim=size, side=side)
     except ValueError as error:
         return str(error)
     return None
@@ -163,7 +157,7 @@ def _verdict(config: Any, spec: CacheSpec) -> str:
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also say which layers of this model would be packed.")
+        str | None, typer.Option("--model", "-m", help="Also say which layers of this model are packed, and fused.")
     ] = None,
     codec: Annotated[
         str, typer.Option("--codec", "-c", help="With --model: codec, KEY/VALUE codecs, a preset or a policy.json.")
@@ -217,16 +211,17 @@ def _show(found: dict[str, Any]) -> None:
     info = found["model"]
     console.print(f"\n{info['name']} ({info['type']}): {info['verdict']}", markup=False)
     layers = Table()
-    for name in ("layers", "type", "KV heads", "head size", "packed", "codecs", "why"):
+    for name in ("layers", "type", "KV heads", "head size", "packed", "codecs", "fused", "why"):
         layers.add_column(name)
     for first, last, layer in _runs(info["layers"]):
         span = str(first) if first == last else f"{first}-{last}"
         values = (
             layer["type"],
             layer["kv_heads"],
-            layer["head_dim"],
+            "/".join(map(str, dict.fromkeys(layer["head_dims"] or "?"))),
             "yes" if layer["packed"] else "no",
             layer["codecs"],
+            "yes" if layer["fused"] else "no",
             layer["why"],
         )
         layers.add_row(span, *(str(value) for value in values))

@@ -150,12 +150,14 @@ def _registered(model: Any, emulator: Emulator, stock: str) -> Iterator[None]:
 
 
 def check_model(model: Any) -> str:
-    """The model's attention, "sdpa" or "eager"; EmulationError if it can be neither replaced nor intercepted."""
+    """The model's attention: "sdpa", "eager" or "kvpack"; EmulationError where it can be neither replaced nor
+    intercepted.
+    """
     stock = str(model.config._attn_implementation)
-    if stock == "sdpa" or (stock == "eager" and model._can_set_attn_implementation()):
+    if stock in ("sdpa", "kvpack") or (stock == "eager" and model._can_set_attn_implementation()):
         return stock
     raise EmulationError(
-        f"{type(model).__name__} with attention {stock!r} cannot be emulated; allowed: sdpa, eager "
+        f"{type(model).__name__} with attention {stock!r} cannot be emulated; allowed: sdpa, eager, kvpack "
         "(model.set_attn_implementation), or mode chunked or stepwise"
     )
 

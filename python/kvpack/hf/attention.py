@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from . import support
 from .call import KEY, VALUE
 from .handle import pair
 
@@ -39,19 +40,24 @@ def enable(model: Any) -> None:
 
     Raises:
         TypeError: for something that is no transformers model.
-        ValueError: for a model that does not look its attention up, such as Falcon or GPT-J.
+        ValueError: for a model that does not look its attention up, such as Falcon or GPT-J, or whose attention is
+            neither that of `sdpa` nor that with softcap or sink logits, such as NLLB-MoE.
     """
     decoder = _decoder(model)
     before = decoder.config._attn_implementation
     if before == NAME:
         return
-    if decoder._can_set_attn_implementation():
-        decoder.set_attn_implementation(NAME)
-    if decoder.config._attn_implementation != NAME:
+    if not decoder._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__} does not look its attention up in transformers' AttentionInterface, and cannot be "
             f"given another; it keeps {before!r}, of which kvpack.Cache reads packed bits where it is 'sdpa'"
         )
+    if not support.takes_kvpack(type(decoder)):
+        raise ValueError(
+            f"{type(model).__name__} has eager attention only, for other reasons than softcap or sink logits; it keeps "
+            f"{before!r}, and kvpack.Cache decodes for it on every call"
+        )
+    decoder.set_attn_implementation(NAME)
     setattr(model, _BEFORE, before)
 
 
@@ -89,7 +95,7 @@ def attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of query [B, Hq, q, dk] in the signature of transformers; result [B, q, Hq, dv], and no weights.
+    """Attention of query [B, Hq, q, dk] in the signature of transformers; result [B, q, Hq, dv], and weights or None.
 
     key, value: handles, or tensors [B, Hkv, S, d]. attention_mask: of `sdpa_mask`, or additive.
     softcap: caps the scaled scores at softcap * tanh(score / softcap). s_aux: [Hq], a logit per head without a value.
@@ -103,8 +109,9 @@ def attention(
     if call is not None:
         call.check(causal, query.shape[2])
         if not call.whole:
-            call.layer.check_mask(mask, query.shape[2])
-            reason = call.obstacle(query, mask, dropout, causal, s_aux)
+            call.layer.check_mask(mask)
+            wanted = "output_attentions" if options.get("output_attentions") else None
+            reason = call.obstacle(query, mask, dropout, causal, s_aux) or wanted
             if reason is None:
                 logits = None if s_aux is None else s_aux.detach().to(torch.float32).reshape(-1).contiguous()
                 fused = call.attend(query, mask, scaling, softcap or 0.0, logits)

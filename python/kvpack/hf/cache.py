@@ -24,8 +24,6 @@ from .snapshot import SnapshotInfo
 from .stats import LayerStats
 
 _PRECISIONS = ("default", "high")
-# Config attributes that say: `head_dim` is not the size of the cached vectors of every layer.
-_OTHER_HEAD_SIZES = ("global_head_dim", "attention_head_dim", "qk_nope_head_dim")
 
 
 class Cache(StockCache):  # type: ignore[misc]
@@ -338,12 +336,7 @@ def _policy(
 
 
 def _check_head_size(layer: int, config: Any, specs: tuple[CodecSpec, CodecSpec]) -> None:
-    """ValueError early, where the config already tells that a layer's head size cannot be packed.
-
-    The first keys and values have the last word, see `checks.layout`.
-    """
-    if any(getattr(config, name, None) is not None for name in _OTHER_HEAD_SIZES):
-        return
+    """ValueError early, where the config already tells that a layer's head size cannot be packed."""
     sizes = support.head_sizes(config)
     if sizes is None:
         return

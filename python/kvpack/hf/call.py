@@ -153,9 +153,10 @@ class Call:
             return "dropout"
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, mask, logits)):
             return "gradients"
-        if query.dtype not in _FUSED_DTYPES or query.dtype != self.buffers[KEY].dtype:
-            return f"query of {query.dtype}"
-        if query.dim() != 4 or query.shape[0] != self.buffers[KEY].shape[0]:
+        dtype = query.dtype
+        if dtype != self.layer.dtype or dtype not in _FUSED_DTYPES:
+            return f"query of {dtype}"
+        if query.dim() != 4 or query.shape[0] != self.layer.batch:
             return "query of another batch size"
         return "is_causal" if is_causal else None
 
@@ -175,8 +176,6 @@ class Call:
         softcap, sink_logits: as of `ops.attend`; the logits are those of H heads.
         """
         layer = self.layer
-        if not torch.compiler.is_compiling():
-            layer.count_fused(self.packed)
         batch, heads, count, dim = query.shape
         if mask is not None:
             mask = padding.four_dims(mask)
@@ -217,6 +216,7 @@ class Call:
                 layer.writer,
             )
         else:
+            layer.count_fused(self.packed)
             out = ops.attend(
                 query,
                 addresses,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from types import FrameType
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvpack import ops
 from kvpack.spec import CodecSpec, Dtype
@@ -93,12 +96,6 @@ def first_nonfinite(tokens: Tensor) -> tuple[int, int, int, float] | None:
     return b, h, t, float(tokens[b, h, t, d])
 
 
-def repeated(stored: Tensor, again: Tensor) -> bool:
-    """Whether keys [B, H, n, d] come again, up to what another matrix size does to the last bits."""
-    a, b = stored.float(), again.float()
-    return bool((a - b).norm() <= 2e-3 * a.norm())
-
-
 ASKED_FOR = ("fused=False", "dense")  # what decodes because it was told to
 _REMEDIES = {
     "gradients": "use torch.no_grad() (or torch.inference_mode())",
@@ -120,8 +117,23 @@ def warn_decoded(index: int, reason: str) -> None:
 
 CROP = "crop({}): allowed is a negative number, how many tokens to remove from the end"
 
-REPEATED = (
-    "the whole prompt arrived a second time, with the same keys at the same positions: a model that is "
-    "called with a cache and use_cache=False appends everything it has seen on every step, and its output is "
-    "wrong. Pass use_cache=True, or no cache; after a finished text, call cache.reset() first"
-)
+
+def repeated_prompt(index: int) -> None:
+    """RuntimeError where a model runs with `use_cache=False`; asked when as many tokens arrive as are there, and one.
+
+    Such a model takes in all that it has seen on every step, and appends it. Neither keys nor masks tell: after a
+    first layer that is not packed, or with learned positions, the same prompt has other keys. So the models that are
+    running are asked.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_locals
+        options = (names.get("kwargs"), names.get("model_kwargs"))  # of wrappers of forward, and of generate
+        without = any(isinstance(x, dict) and x.get("use_cache") is False for x in options)
+        if (without or names.get("use_cache") is False) and isinstance(names.get("self"), PreTrainedModel):
+            raise RuntimeError(
+                f"layer {index}: the whole prompt arrived a second time: a model that is called with a cache and "
+                "use_cache=False appends everything it has seen on every step, and its output is wrong. Pass "
+                "use_cache=True, or no cache; and call cache.reset() first"
+            )
+        frame = frame.f_back

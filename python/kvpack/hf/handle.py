@@ -31,7 +31,7 @@ _PLAIN, _EXPANDED, _REPEATED = "plain", "expanded", "repeated"
 class Handle:
     """One side (0 keys, 1 values) of a packed layer, seen as a tensor; valid in one epoch of the layer."""
 
-    __slots__ = ("_dense", "call", "device", "dtype", "n_rep", "shape", "side", "stage")
+    __slots__ = ("_dense", "call", "n_rep", "shape", "side", "stage")
 
     requires_grad = False
     is_nested = False
@@ -43,17 +43,22 @@ class Handle:
     layout = torch.strided
 
     def __init__(self, call: Call, side: int, shape: torch.Size, stage: str = _PLAIN, n_rep: int = 1) -> None:
-        tokens = call.buffers[side]
         self.call = call
         self.side = side
         self.shape = shape
-        self.dtype = tokens.dtype
-        self.device = tokens.device
         self.stage = stage
         self.n_rep = n_rep
         self._dense: Tensor | None = None
 
     # Metadata, without decoding.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.call.buffers[self.side].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.call.buffers[self.side].device
 
     @property
     def ndim(self) -> int:
@@ -244,7 +249,7 @@ def _attention(
             out = _SDPA(query, *dense, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             layer.saw_mask(attn_mask)
             return out
-        layer.check_mask(attn_mask, count)
+        layer.check_mask(attn_mask)
         obstacle = call.obstacle(query, attn_mask, dropout_p, is_causal)
         heads, kv_heads = query.shape[1], layer.layout[4]
         broadcasts = enable_gqa or kv_heads == 1  # torch repeats a single head for all queries

@@ -95,8 +95,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Append keys and values [B, Hkv, tokens, d], and return what attention is to read.
 
-        Returns the arguments for the first call of one row, dense tensors with `fused=False` or gradients,
-        and handles [B, Hkv, length, d] otherwise. After an error the layer is as it was.
+        Returns the arguments for the first call of one row, dense tensors with `fused=False` (but for the first calls
+        of several rows) or gradients, and handles [B, Hkv, length, d] otherwise. After an error the layer is as it was.
         """
         if self.away:
             self.bring()
@@ -110,7 +110,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         if count == 0:
             return self._state(key_states, value_states)
         if 1 < count == self.length + 1 and self.guards_prompt and not torch.compiler.is_compiling():
-            self._check_repeated(key_states)
+            checks.repeated_prompt(self.index)
 
         tracked = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         own = (key_states.detach(), value_states.detach()) if tracked else (key_states, value_states)
@@ -121,7 +121,8 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
             exact, number = self.append(own, count)
             call = Call(self, exact, tiles, packed, number)
         first = call.length == count
-        if self.fused and not tracked:
+        # A pending call needs handles even where everything is to be dense: they see the mask.
+        if not tracked and (self.fused or self.pending is not None):
             return (key_states, value_states) if first and self.batch == 1 else self._handles(call)
         if first:
             return key_states, value_states
@@ -134,13 +135,12 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         return dense
 
     def _unexpected(self, keys: Tensor, values: Tensor) -> bool:
-        if keys.dim() != 4 or values.dim() != 4:
+        batch, heads, key_dim, value_dim, dtype = self.expected
+        if keys.dim() != 4 or keys.dtype != dtype or values.dtype != dtype:
             return True
-        b, h, n, key_dim = keys.shape
-        vb, vh, vn, value_dim = values.shape
-        dtype = keys.dtype
-        same = (b, h, n, dtype) == (vb, vh, vn, values.dtype)
-        return not same or (b, h, key_dim, value_dim, dtype) != self.expected
+        shape = keys.shape
+        count = shape[2]
+        return shape != (batch, heads, count, key_dim) or values.shape != (batch, heads, count, value_dim)
 
     def _update_pending(self, own: Pair, count: int, tracked: bool) -> Call:
         """A call before anything is placed: the first, and those that find only padding before them."""
@@ -150,7 +150,7 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         try:
             if self.padding_known:
                 self._place_if_ready()
-            elif self.batch == 1 or tracked or not self.fused:
+            elif self.batch == 1 or tracked:
                 self.place()
         except Exception:
             self.pending, self.length, self.heard, self.last_count = before
@@ -164,10 +164,10 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
 
     def _handles(self, call: Call) -> tuple[Handle, Handle]:
         batch, heads, key_dim, value_dim, _ = self.expected
-        return (
-            Handle(call, KEY, torch.Size((batch, heads, call.length, key_dim))),
-            Handle(call, VALUE, torch.Size((batch, heads, call.length, value_dim))),
-        )
+        keys = values = torch.Size((batch, heads, call.length, key_dim))
+        if value_dim != key_dim:
+            values = torch.Size((batch, heads, call.length, value_dim))
+        return Handle(call, KEY, keys), Handle(call, VALUE, values)
 
     def _state(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
         """What an update with no tokens returns: the layer as it is."""
@@ -186,23 +186,6 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         call = Call(self, self.window, self.table.tiles, self.table.tokens, n)
         call.fresh = 0  # this one reads all that is packed
         return call
-
-    def _check_repeated(self, keys: Tensor) -> None:
-        """RuntimeError if the keys of the whole cache arrive again, one token longer: `use_cache=False`."""
-        call = self._snapshot()
-        stored, again = [], []
-        if call.sinks is not None and self.rows is None:
-            stored.append(call.sinks[KEY])
-            again.append(keys[:, :, : self.sink_count])
-        exact = call.exact[KEY]
-        recent = exact.shape[2]
-        if not call.whole:  # tokens whose position does not depend on the row
-            recent = min(recent, max(0, self.length - self.pad_max - self.sinks_wanted))
-        stored.append(exact[:, :, exact.shape[2] - recent :])
-        again.append(keys[:, :, self.length - recent : self.length])
-        old, new = torch.cat(stored, dim=2), torch.cat(again, dim=2)
-        if old.shape[2] and checks.repeated(old, new):
-            raise RuntimeError(f"layer {self.index}: {checks.REPEATED}")
 
     # Padding: told by the user, or by the masks that handles see.
 
@@ -245,15 +228,10 @@ class PackedLayer(Store, CacheLayerMixin):  # type: ignore[misc]
         if self.pending is not None and not (self.padding_known or self.heard):
             self.place()
 
-    def check_mask(self, mask: Tensor | None, count: int) -> None:
-        """What the mask of a call with history tells: a repeated prompt, or (once) padding nobody told of."""
+    def check_mask(self, mask: Tensor | None) -> None:
+        """What the mask of a call with history tells: (once) padding nobody told of."""
         if mask is None or torch.compiler.is_compiling():
             return
-        past = self.length - count
-        if 1 < count == past + 1 and self.guards_prompt and mask.shape[-1] == self.length:
-            # generate(use_cache=False) masks what it believes not to be there: all but one of the new tokens.
-            if not bool(padding.visible(mask)[..., -1, past + 1 :].any()):
-                raise RuntimeError(f"layer {self.index}: {checks.REPEATED}")
         if self.padding_known:
             return
         self.padding_known = True

@@ -104,7 +104,7 @@ class Store:
         After an error the store is as it was.
         """
         assert self.window is not None
-        sink_count = self.sink_count
+        sink_count, fresh = self.sink_count, count
         if sink_count < self.sinks_wanted:  # so far, there are fewer tokens than sinks
             assert self.sinks is not None
             taken = min(self.sinks_wanted - sink_count, count)
@@ -112,8 +112,8 @@ class Store:
                 buffer[:, :, sink_count : sink_count + taken] = new[:, :, :taken]
             sink_count += taken
             own = (own[KEY][:, :, taken:], own[VALUE][:, :, taken:])
+            fresh -= taken
         begin = self.window_count
-        fresh = own[KEY].shape[2]
         end = begin + fresh
         keys, values = self.window
         if end <= self.window_size + TILE:

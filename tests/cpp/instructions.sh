@@ -1,0 +1,37 @@
+#!/bin/sh
+# instructions.sh OBJDUMP OBJECT PRODUCT LOOK_UP: what the kernels that read packed tiles must hold.
+#   prefetches: GCC takes a function that does nothing else for one without effects, and drops its calls, unless it was
+#     inlined before it found out
+#   products of bytes, by the instruction PRODUCT, in those of integer scores and sums
+#   look-ups of levels, by LOOK_UP, in all of these but those of eight bits, which need not
+# PRODUCT and LOOK_UP are regular expressions.
+set -e
+code=$("$1" -dC --no-show-raw-insn "$2")
+printf '%s\n' "$code" | awk -v product="^($3)\$" -v look_up="^($4)\$" '
+  function missing(what) { print "no " what " in " name; bad++ }
+  function done() {
+    if (name != "") {
+      kernels++
+      if (!prefetches) missing("prefetch")
+      if (integer) {
+        if (products < 4) missing("four " product)
+        looked += tables > 0
+        if (tables == 0 && name !~ /kvpack::Q8_0/) missing(look_up)
+      }
+    }
+    name = ""
+  }
+  /^[0-9a-f]+ </ {
+    done()
+    if (/::(score|accumulate_planes|exact_score)</) {
+      name = $0
+      integer = !/::exact_score</
+      prefetches = products = tables = 0
+    }
+  }
+  { instruction = $2 == "{vex}" ? $3 : $2 }
+  instruction ~ /^(prefetch|prfm)/ { prefetches++ }
+  instruction ~ product { products++ }
+  instruction ~ look_up { tables++ }
+  END { done(); print kernels " kernels, " looked " look levels up"; exit bad > 0 || kernels < 100 || looked == 0 }
+'
