@@ -332,3 +332,31 @@ def test_to() -> None:
         cache.to("meta")
     with pytest.raises(RuntimeError, match="device"):
         cache.to("nowhere")
+
+
+def test_the_order_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA: what is loaded ahead waits for the work before it, and the work after it waits for what was loaded."""
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, device: object = None, name: str = "own") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def within(stream: Stream) -> Iterator[None]:
+        said.append(f"in {stream.name}")
+        yield
+        said.append(f"out of {stream.name}")
+
+    current = Stream(name="current")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    transfer = Transfer(torch.device("cuda", 0))
+    with transfer.ahead():
+        said.append("load")
+    transfer.ready()
+    assert said == ["own waits for current", "in own", "load", "out of own", "current waits for own"]
