@@ -134,7 +134,7 @@ def _replacing(path: Path) -> Iterator[Any]:
         raise IsADirectoryError(f"{path} is a folder; allowed: the path of a file, which need not exist")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".kvpack-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -227,6 +227,7 @@ class Reader:
         begins = [*(entry.begin for entry in entries.values()), sums.begin]
         fits = all(
             entry.end - entry.begin == math.prod(entry.shape) * entry.dtype.itemsize
+            and all(size >= 0 for size in entry.shape)
             and (not name.endswith(PAGES) or (len(entry.shape) == 2 and entry.end > entry.begin))
             for name, entry in entries.items()
         )
