@@ -209,7 +209,7 @@ def test_families_with_stock_layers(name: str, tmp_path: Path) -> None:
         whole = FAMILIES[name].is_encoder_decoder
         ours = kvpack.Cache(it.config, "tq4", window=16, encoder_decoder=whole)
     ids = h.tokens(2, 160)
-    options: dict[str, Any] = {"encoder_outputs": (torch.randn(2, 5, 128),)} if whole else {}
+    options: dict[str, Any] = {"encoder_outputs": (torch.randn(2, 5, it.config.hidden_size),)} if whole else {}
     word = "decoder_input_ids" if whole else "input_ids"
 
     def run(to: kvpack.Cache, begin: int, end: int) -> Tensor:
