@@ -1,8 +1,8 @@
 """Tokens per second of a whole model, by cache and context: DynamicCache, transformers' quantized caches, our codecs.
 
-    python benchmarks/generate.py                    writes docs/generate.md: half an hour
-    python benchmarks/generate.py --models default --dtypes bfloat16 --codecs tq4,tcq3 --peers none --doc ""
-    python benchmarks/generate.py --models random --random-contexts 16384 --doc ""
+    python benchmarks/generate.py                    half an hour
+    python benchmarks/generate.py --models default --dtypes bfloat16 --codecs tq4,tcq3 --peers none
+    python benchmarks/generate.py --models random --random-contexts 16384
 
 The default model at 512, 2048 and 8128 tokens, and a Llama of random weights with a head size of 128 at 16384.
 Every cache decodes from the same context, round by round, in rotating order; ratios to DynamicCache are formed within
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from attend import ROOT, processor
+from attend import processor
 
 from kvpack import isa, ops
 from kvpack.eval import load_model, load_text
@@ -172,7 +172,7 @@ def main() -> None:
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=8)
     add("--tokens", type=int, default=4, help="tokens of a round")
-    add("--doc", default=str(ROOT / "docs/generate.md"), help="written between its markers; empty: none")
+    add("--doc", default="", help="a Markdown file, written between its markers")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     how = f"threads: {options.threads}, ISA {isa.active()}, {options.rounds} rounds of {options.tokens} tokens."

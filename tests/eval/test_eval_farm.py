@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from kvpack.eval import (
@@ -225,6 +226,44 @@ def test_what_was_measured_before_a_worker_died_is_kept(
     assert [row.label for row in got] == ["tq4", "tq3", "tq2"]
     assert sorted(measured) == ["tq2", "tq3", "tq4"]
     assert sweep(tiny, ids, specs, path=rows) == got  # without a farm, from the same files
+
+
+def test_rows_are_taken_over_only_where_all_is_the_same(tiny: LoadedModel, ids: Tensor, tmp_path: Path) -> None:
+    taken: list[bool] = []
+
+    def run(**options: Any) -> None:
+        sweep(
+            tiny.model,
+            ids,
+            grid(["tq4"], [0]),
+            path=tmp_path / "v0.1",
+            on_row=lambda _, old: taken.append(old),
+            **options,
+        )
+
+    run()
+    run()
+    run(confidence=0.5)
+    for parameter in tiny.model.parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.mul_(1.01)
+        run()
+        with torch.no_grad():
+            parameter.copy_(kept)
+    assert taken == [False, True, False, *[False for _ in tiny.model.parameters()]]
+    assert not (tmp_path / "v0.1.jsonl").exists()
+
+
+def test_a_place_where_no_rows_can_be_kept(tiny: LoadedModel, ids: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    (tmp_path / "b.jsonl").mkdir()
+    for name, message in (
+        ("a", "it is a file; allowed: a directory"),
+        ("b.jsonl", "it is a directory; allowed: a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep(tiny.model, ids, grid(["tq4"], [0]), path=tmp_path / name)
 
 
 def test_a_bad_cache_is_refused_before_any_work(tiny: LoadedModel, ids: Tensor) -> None:

@@ -15,15 +15,21 @@ class RowStore:
 
     A file or line that was cut off counts as not there. Beside a directory DIR, the rows of a file DIR.jsonl are
     read too: kvpack 0.1.0 wrote those.
+
+    Raises:
+        ValueError: the path is a file where a directory is needed, or the other way about.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines = path.suffix == ".jsonl"
+        if path.is_dir() if self._lines else path.is_file():
+            kind, other = ("directory", "file") if self._lines else ("file", "directory")
+            raise ValueError(f"rows cannot be kept in {path}: it is a {kind}; allowed: a {other}, which need not exist")
 
     def read(self) -> dict[str, Divergence]:
         """All finished rows by key."""
-        lines = self.path if self._lines else self.path.with_suffix(".jsonl")
+        lines = self.path if self._lines else self.path.parent / f"{self.path.name}.jsonl"
         texts = _text(lines).splitlines() if lines.is_file() else []
         if not self._lines and self.path.is_dir():
             texts += [_text(file) for file in sorted(self.path.glob("*.json"))]

@@ -20,9 +20,10 @@ from .results import Divergence
 from .row_store import RowStore
 
 
-def row_key(work: Task, spec: CacheSpec, mode: str, chunk: int) -> str:
+def row_key(work: Task, spec: CacheSpec, mode: str, chunk: int, confidence: float) -> str:
     """What makes a row the same row: everything that its figures depend on, in 16 hex digits."""
     import kvpack
+    from kvpack.hf.fingerprint import of_weights
 
     digest = hashlib.sha256(f"{kvpack.__version__} {kvpack.spec.FORMAT_VERSION}".encode())
     said = [
@@ -33,11 +34,12 @@ def row_key(work: Task, spec: CacheSpec, mode: str, chunk: int) -> str:
         work.prompt,
         work.first,
         work.documents,
+        confidence,
     ]
     digest.update(json.dumps([said, spec.to_json()], default=str).encode())
     for ids in work.ids:
         digest.update(ids.numpy().tobytes() + b"|")
-    digest.update(fingerprint(work.model))
+    digest.update(of_weights(work.model).encode())
     return digest.hexdigest()[:16]
 
 
@@ -130,7 +132,7 @@ def sweep(
     chunk = check_mode(mode, chunk)
     work = task(model, ids, prompt=prompt, skip=skip)
     specs = [CacheSpec.of(cache) for cache in caches]
-    keys = [row_key(work, spec, mode, chunk) for spec in specs]
+    keys = [row_key(work, spec, mode, chunk, confidence) for spec in specs]
     store = RowStore(Path(path)) if path is not None else None
     rows = store.read() if store else {}
     if on_row:
