@@ -54,7 +54,8 @@ template <class S, int Largest, int G, bool High, int Operands>
   using namespace kvpack;
   using F = typename S::F;
   constexpr int kBase = S::kProbBase;
-  constexpr float kSteps = static_cast<float>(High ? (S::kProbMax + 1) * kBase - 1 : S::kProbMax - 1);
+  // Even: the halves of a pair of equal ones are whole.
+  constexpr float kSteps = static_cast<float>(High ? (S::kProbMax + 1) * kBase - 2 : S::kProbMax - 1);
   alignas(64) float size[kTile];
   F top[4];
   for (int g = 0; g < 4; ++g) top[g] = S::set1(1e-30F);
