@@ -21,14 +21,17 @@ int32_t max_bits(const float* x, int32_t n) {
 
 }  // namespace
 
-void GatheredTile::gather(const EncodeArgs& a, const SideLayout& layout) {
-  const Channels channels(a.tile.map, layout.head_dim);
+void GatheredTile::gather(const KernelTable& k, const EncodeArgs& a, const SideLayout& layout) {
+  // Without a map there are zeros, or an infinity or NaN that the encoder will find: the first channels will do. So
+  // they will for a map of another number of channels, which rows would not have room for.
+  uint8_t first[kMaxHeadDim / 8] = {};
+  std::memset(first, 0xff, static_cast<size_t>(layout.part[0].dims / 8));
+  const int32_t d = layout.head_dim;
+  int32_t outliers = 0;
+  for (int32_t i = 0; i < d / 8; ++i) outliers += std::popcount(a.tile.map[i]);
+  const bool known = outliers == layout.part[0].dims;
   for (const CodePart& part : layout.part)
-    for (int32_t t = 0; t < kTile; ++t) {
-      const float* from = a.from + t * a.stride;
-      float* to = x + kTile * part.first + t * part.dims;
-      for (int32_t i = 0; i < part.dims; ++i) to[i] = from[channels.at[part.first + i]];
-    }
+    k.gather({a.from, a.stride, known ? a.tile.map : first, x + kTile * part.first, d, part.dims, part.first == 0});
 }
 
 void GatheredTile::scatter(const SideLayout& layout, const uint8_t* map, float* to) const {

@@ -8,8 +8,8 @@ namespace kvpack {
 
 // Rows of a tile, part after part: [kTile][dims] of each.
 struct GatheredTile {
-  alignas(64) float x[kTile * kMaxHeadDim];
-  void gather(const EncodeArgs&, const SideLayout&);
+  alignas(64) float x[kTile * kMaxHeadDim + kGatherSlack];
+  void gather(const KernelTable&, const EncodeArgs&, const SideLayout&);
   // To rows [kTile][head_dim] at `to`.
   void scatter(const SideLayout&, const uint8_t* map, float* to) const;
 };

@@ -158,7 +158,7 @@ void encode_tile(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_d
   if (is_split(code)) {
     const SideLayout layout = layout_of(codec, head_dim, side);
     GatheredTile gathered;
-    gathered.gather(args, layout);
+    gathered.gather(k, args, layout);
     if (code.center == Center::tile) status = encode_mean_split(k, args, layout, gathered);
     if (status == 0) status = encode_split(k, args, layout, gathered);
   } else {
@@ -184,7 +184,7 @@ void freeze_row(const Vectors& x, int32_t tokens, int64_t codec, int32_t head_di
   int32_t status;
   if (is_split(code)) {
     GatheredTile gathered;
-    gathered.gather(args, layout);
+    gathered.gather(kernels(), args, layout);
     status = encode_mean_split(kernels(), args, layout, gathered);
   } else {
     status = kernels().encode_mean(args);

@@ -18,13 +18,14 @@ constexpr size_t matrix_at(size_t head_size) {
   return at;
 }
 alignas(64) float matrices[matrix_at(std::size(kHeadDims))];
+alignas(64) uint8_t matrix_lines[matrix_at(std::size(kHeadDims))];
 
 // Entries are integers: 32 times a normal variable, rounded.
 struct Entries {
   std::once_flag once;
   Projection projection{};
 
-  void make(int32_t d, float* columns) {
+  void make(int32_t d, float* columns, uint8_t* lines) {
     std::array<long, 127> borders;
     for (size_t k = 0; k < borders.size(); ++k)
       borders[k] = std::lround(32768 * std::erf((static_cast<double>(k) + 0.5) / 32 / std::numbers::sqrt2));
@@ -37,10 +38,12 @@ struct Entries {
         const auto uniform = static_cast<long>(word & 0x7fff);
         float size = 0;
         for (const long border : borders) size += uniform >= border ? 1.0F : 0.0F;
-        columns[j * d + i] = (word & 0x8000) != 0 ? -size : size;
+        const float entry = (word & 0x8000) != 0 ? -size : size;
+        columns[j * d + i] = entry;
+        lines[((i / 16 * (d / 4) + j / 4) * 16 + i % 16) * 4 + j % 4] = static_cast<uint8_t>(entry + 128.0F);
         squares += size * size;
       }
-    projection = {columns, static_cast<float>(std::sqrt(std::numbers::pi / 2 * d / squares))};
+    projection = {columns, lines, static_cast<float>(std::sqrt(std::numbers::pi / 2 * d / squares))};
   }
 };
 
@@ -50,7 +53,7 @@ const Projection& projection_of(int32_t head_dim) {
   static std::array<Entries, std::size(kHeadDims)> all;
   size_t i = 0;
   while (kHeadDims[i] != head_dim) ++i;
-  std::call_once(all[i].once, [&] { all[i].make(head_dim, matrices + matrix_at(i)); });
+  std::call_once(all[i].once, [&] { all[i].make(head_dim, matrices + matrix_at(i), matrix_lines + matrix_at(i)); });
   return all[i].projection;
 }
 

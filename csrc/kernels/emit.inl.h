@@ -4,6 +4,7 @@
 #include "kernels/decode.inl.h"
 #include "kernels/dense.inl.h"
 #include "kernels/encode.inl.h"
+#include "kernels/gather.inl.h"
 #include "kernels/mean.inl.h"
 #include "kernels/project.inl.h"
 #include "kernels/score.inl.h"
@@ -104,13 +105,14 @@ constexpr kvpack::KernelTable emit(const char* name) {
   static_cast<Readers&>(t) = emit_readers<S>();
   t.name = name;
   t.rotate = rotate<S>;
-  t.project = project_one<S>;
+  t.project = project<S>;
   t.project_back = project_back<S>;
   t.softmax = softmax<S>;
   t.softcap = softcap<S>;
   t.score_mean = score_mean<S>;
   t.accumulate_mean = accumulate_mean<S>;
   t.encode_mean = encode_mean<S>;
+  t.gather = gather<S>;
   emit_dtype<S, Dtype::f32>(t);
   emit_dtype<S, Dtype::f16>(t);
   emit_dtype<S, Dtype::bf16>(t);

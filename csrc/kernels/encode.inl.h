@@ -6,6 +6,7 @@
 #include "kernels/elements.inl.h"
 #include "kernels/encode_steps.inl.h"
 #include "kernels/pack.inl.h"
+#include "kernels/project.inl.h"
 #include "kernels/viterbi.inl.h"
 
 namespace {
@@ -104,9 +105,13 @@ Match assign(const float* y, int head_dim, float inv, float gain, uint8_t* codes
   return {xc, S::reduce_add(square)};
 }
 
-// scales, where they are asked for: of x 2^-e, before they are rounded.
+// What the codes of a vector were made with: the scale, of x 2^-e before it is rounded, and the gain of the search.
+struct Chosen {
+  float scale, gain;
+};
+
 template <class S, class Codec>
-int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors, float* scales = nullptr) {
+int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors, Chosen* chosen = nullptr) {
   using namespace kvpack;
   const bool projects = a.search || a.rule == Rule::mse || a.rule == Rule::unbiased;
   const int d = a.head_dim;
@@ -125,23 +130,43 @@ int32_t encode_lloyd_max(const kvpack::EncodeArgs& a, const Rotated* vectors, fl
     const Rotated& x = vectors[t];
     a.tile.scales[t] = 0;
     if (!x.live) continue;
-    float scale = scale_of(a.rule, x, matches[t], Codec::kUnit, d);
+    Chosen best{scale_of(a.rule, x, matches[t], Codec::kUnit, d), 1.0F};
     if (a.search) {
       alignas(64) uint8_t trial[kMaxHeadDim];
-      float best = error_of(scale, matches[t], d);
+      float least = error_of(best.scale, matches[t], d);
       for (const float gain : kSearchGains) {
         const Match m = assign<S, Codec, true, true>(a.x + t * d, d, 1.0F / x.r, gain, trial);
-        const float other = scale_of(a.rule, x, m, Codec::kUnit, d), error = error_of(other, m, d);
-        if (error >= best) continue;
-        best = error;
-        scale = other;
+        const float scale = scale_of(a.rule, x, m, Codec::kUnit, d), error = error_of(scale, m, d);
+        if (error >= least) continue;
+        least = error;
+        best = {scale, gain};
         __builtin_memcpy(a.scratch + t * d, trial, static_cast<size_t>(d));
       }
     }
-    report(status, store_scale(scale, x.e, a.tile.scales + t), t);
-    if (scales != nullptr) scales[t] = scale;
+    report(status, store_scale(best.scale, x.e, a.tile.scales + t), t);
+    if (chosen != nullptr) chosen[t] = best;
   }
   return status;
+}
+
+// What the codes of a vector leave of it, in place; the levels are found again, which is quicker than to look them up.
+// Returns the lanes of the largest |residual|, and the sum of squares in n2.
+template <class S, class Codec>
+[[gnu::always_inline]] inline typename S::F leave_residual(float* y, int d, float inv, Chosen chosen, float* n2) {
+  using F = typename S::F;
+  static constexpr PositiveLevels<Codec> kPositive{};
+  const float step = chosen.scale * static_cast<float>(__builtin_sqrt(static_cast<double>(d)));
+  F top = S::zero();
+  *n2 = lane_sum<S>(
+      d, [&](int i) __attribute__((always_inline)) {
+        const F at = S::load(y + i), z = S::mul(S::mul(at, S::set1(inv)), S::set1(chosen.gain));
+        const F level = S::copy_sign(S::look_up_8(kPositive.level, count_below<S, Codec>(S::abs(z))), z);
+        const F rest = S::sub(at, S::mul(S::set1(step), level));
+        S::store(y + i, rest);
+        top = S::max(top, S::abs(rest));
+        return S::mul(rest, rest);
+      });
+  return top;
 }
 
 // The first part, packed; then the signs of the projected residuals, in a.scratch, and their root mean squares.
@@ -150,31 +175,22 @@ int32_t encode_projected(const kvpack::EncodeArgs& a, const Rotated* vectors) {
   using namespace kvpack;
   using First = typename Codec::First;
   const int d = a.head_dim;
-  float scales[kTile];
-  const int32_t first = encode_lloyd_max<S, First>(a, vectors, scales);
+  Chosen chosen[kTile];
+  const int32_t first = encode_lloyd_max<S, First>(a, vectors, chosen);
   pack_codes<static_cast<int>(2 * First::kBits), false>(a.scratch, d, a.side, a.tile.codes);
-  static constexpr LevelTable kLevels = First::kLevels;
-  const float root = static_cast<float>(__builtin_sqrt(static_cast<double>(d)));
   int32_t status = 0;
+  QuantizedResiduals residuals;
   for (int t = 0; t < kTile; ++t) {
-    const uint8_t* codes = a.scratch + t * d;
-    float* y = a.x + t * d;
+    float n2 = 0.0F, top = 0.0F;
     a.tile.scales[kTile + t] = 0;
-    if (!vectors[t].live) continue;
-    const float step = scales[t] * root;
-    for (int i = 0; i < d; ++i) y[i] = y[i] - step * static_cast<float>(kLevels.level[codes[i]]);
-    const float n2 = lane_sum<S>(d, [&](int i) { return S::mul(S::load(y + i), S::load(y + i)); });
-    const float rms = __builtin_sqrtf(n2) * static_cast<float>(1.0 / d);
-    report(status, store_scale(rms, vectors[t].e, a.tile.scales + kTile + t), t);
+    if (vectors[t].live) {
+      top = S::reduce_max(leave_residual<S, First>(a.x + t * d, d, 1.0F / vectors[t].r, chosen[t], &n2));
+      const float rms = __builtin_sqrtf(n2) * static_cast<float>(1.0 / d);
+      report(status, store_scale(rms, vectors[t].e, a.tile.scales + kTile + t), t);
+    }
+    quantize_residual<S>(a.x + t * d, top, d, t, residuals);  // of zeros: signs are 1
   }
-  project<S>(
-      a.projection->columns, a.x, kTile, d, [&](int t, int row, typename S::F y) __attribute__((always_inline)) {
-        alignas(64) float projected[S::kLanes];
-        S::store(projected, y);
-        for (int i = 0; i < S::kLanes; ++i) a.scratch[t * d + row + i] = projected[i] >= 0.0F ? 1 : 0;
-      });
-  for (int t = 0; t < kTile; ++t)
-    if (!vectors[t].live) __builtin_memset(a.scratch + t * d, 1, static_cast<size_t>(d));
+  project_signs<S>(a.projection->lines, residuals, d, a.scratch);
   return first == 0 || status == 0 ? first + status : first > status ? first : status;  // the earlier token
 }
 

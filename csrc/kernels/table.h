@@ -75,10 +75,11 @@ struct DenseArgs {
   int32_t out_stride, head_dim, tokens, group;
 };
 
-// The matrix of projected residuals, docs/format.md section 4, [column][row]; what a sign is worth beside the scale.
+// The matrix of projected residuals, docs/format.md section 4.
 struct Projection {
-  const float* columns;
-  float worth;
+  const float* columns;  // [column][row]
+  const uint8_t* lines;  // plus 128, [row / 16][column / 4][row % 16][column % 4]: its rows as keys of 8 bits
+  float worth;           // of a sign, beside the scale
 };
 constexpr float kSignLevel = 100.0F;  // signs are read with the levels of tq1
 
@@ -114,6 +115,17 @@ struct DecodeArgs {
 // Gains that the search of the encode scale tries besides 1.
 constexpr float kSearchGains[6] = {0.88F, 0.92F, 0.96F, 1.04F, 1.08F, 1.12F};
 
+// Rows of a tile, of which a part of the channels is taken.
+struct GatherArgs {
+  const float* from;  // [kTile], `stride` floats apart
+  ptrdiff_t stride;
+  const uint8_t* map;  // a bit for each of the channels
+  float* to;           // [kTile][dims], and kGatherSlack floats that may be overwritten
+  int32_t head_dim, dims;
+  bool outliers;  // those whose bits are set, else the others
+};
+constexpr int32_t kGatherSlack = 16;
+
 // The mean of a tile or of a row, for a group of query rows.
 struct MeanArgs {
   const int8_t* mean;  // [head_dim]
@@ -142,6 +154,7 @@ struct KernelTable : Readers {
   void (*score_mean)(const MeanArgs&);
   void (*accumulate_mean)(const MeanArgs&);
   int32_t (*encode_mean)(const EncodeArgs&);
+  void (*gather)(const GatherArgs&);
   void (*exact_score[3][kMaxGroup])(const ScoreArgs&);
   void (*dense_score[3])(const DenseArgs&);
   void (*dense_accumulate[3])(const DenseArgs&);

@@ -100,6 +100,20 @@ struct Avx2 {
     return load(p);
   }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  // The lanes that are set in a byte, ascending.
+  struct SetLanes {
+    alignas(64) uint8_t at[256][8];
+    constexpr SetLanes() : at{} {
+      for (int mask = 0; mask < 256; ++mask)
+        for (int i = 0, n = 0; i < 8; ++i)
+          if ((mask >> i & 1) != 0) at[mask][n++] = static_cast<uint8_t>(i);
+    }
+  };
+  static void compress(float* p, F v, uint32_t mask) {
+    static constexpr SetLanes kSetLanes{};
+    const I lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetLanes.at[mask])));
+    store(p, _mm256_permutevar8x32_ps(v, lanes));
+  }
   static F set1(float v) { return _mm256_set1_ps(v); }
   static F zero() { return _mm256_setzero_ps(); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }

@@ -107,6 +107,9 @@ struct Avx512Vnni {
     return load(p);
   }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void compress(float* p, F v, uint32_t mask) {
+    store(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v));
+  }
   static F set1(float v) { return _mm512_set1_ps(v); }
   static F zero() { return _mm512_setzero_ps(); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }

@@ -20,6 +20,7 @@
 //   negate_bytes          -v where the mask byte is 0xff, v where it is 0
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
 //   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
+//   compress              (optional) stores the lanes whose bits are set, side by side, and anything behind them
 //   load_repeated<W>      W floats, over and over
 //   max_bits              the larger of two numbers without a sign; a NaN is larger than any
 //   reduce_max_bits       the largest lane in that order

@@ -117,10 +117,11 @@ def scalar_rotated(x: np.ndarray, name: str, rule: str) -> tuple[list[int], list
     step = F(scale * F(np.sqrt(d)))
     rest = [F(v - F(step * F(level))) for v, level in zip(y, q, strict=True)]
     size = F(F(np.sqrt(scalar_lanes16([F(v * v) for v in rest]))) * F(1 / d))
-    totals = np.zeros(d, F)
-    for column, v in zip(projection(d).T, rest, strict=True):
-        totals = totals + column.astype(F) * v
-    signs = [2**bits if total >= 0 else 0 for total in totals]
+    top = max(abs(v) for v in rest)
+    inverse = F(127) / top if top else F(0)
+    levels = [round(float(F(v * inverse))) for v in rest]
+    products = [sum(int(g) * level for g, level in zip(row, levels, strict=True)) for row in projection(d)]
+    signs = [2**bits if product >= 0 else 0 for product in products]
     return [a + b for a, b in zip(codes, signs, strict=True)], [scalar_fp16(scale, e), scalar_fp16(size, e)]
 
 

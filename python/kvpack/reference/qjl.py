@@ -51,15 +51,14 @@ def projection(d: int) -> NDArray[np.int8]:
     return g
 
 
-def project(x: F32) -> F32:
-    """G x of the last axis: the products with columns 0, 1, ... of the matrix, added one after the other."""
-    d = x.shape[-1]
-    g = projection(d).astype(np.float32)
-    rows = np.ascontiguousarray(x.reshape(-1, d).T)  # [d, vectors]
-    out = g[:, :1] * rows[:1]
-    for j in range(1, d):
-        out += g[:, j : j + 1] * rows[j]
-    return np.ascontiguousarray(out.T).reshape(x.shape)
+def project(x: F32) -> F64:
+    """G q of the last axis, exact integers: q is x in steps of max |x| / 127, rounded; zeros for next to nothing."""
+    peak = np.max(np.abs(x), axis=-1, keepdims=True)
+    known = peak >= np.float32(2.0**-100)
+    inverse = np.where(known, np.float32(127) / np.where(known, peak, np.float32(1)), np.float32(0))
+    g = projection(x.shape[-1]).astype(np.float64)
+    out: F64 = np.rint(x * inverse).astype(np.float64) @ g.T
+    return out
 
 
 def qjl_quantize(x: F32, side: str, rule: str, search: bool, mean: Mean | None, *, book: Codebook) -> tuple[Codes, F32]:
