@@ -142,21 +142,23 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     typename decltype(unpack)::Carry carry[Step];
     for (int v = 0; v < Step; ++v) carry[v] = unpack.start(lane(grid.units() - 1, v));
     for (int u = 0; u < grid.units(); ++u) {
-      unrolled<Step>([&](int v) __attribute__((always_inline)) {
-        const uint8_t* p = lane(u, v);
-        if ((v0 + v) % kPerBlock == 0)
-          for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
-        unpack(
-            p, carry[v], [&](int j, I levels) __attribute__((always_inline)) {
-              if constexpr (Codec::kSignedScales) levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
-              const typename S::Code code = S::expand(levels);
-              const int depth = (u * kDwords + j) * S::kOperandDwords;
-              unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
-                const int g = i / kPlanes, n = i % kPlanes;
-                acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
-              });
+      meet_units<S, Step>(
+          unpack, carry,
+          [&](int v) __attribute__((always_inline)) {
+            const uint8_t* p = lane(u, v);
+            if ((v0 + v) % kPerBlock == 0)
+              for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
+            return p;
+          },
+          [&](int v, int j, I levels) __attribute__((always_inline)) {
+            if constexpr (Codec::kSignedScales) levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
+            const typename S::Code code = S::expand(levels);
+            const int depth = (u * kDwords + j) * S::kOperandDwords;
+            unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
+              const int g = i / kPlanes, n = i % kPlanes;
+              acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
             });
-      });
+          });
     }
     for (int g = 0; g < G; ++g)
       for (int v = 0; v < Step; ++v) {

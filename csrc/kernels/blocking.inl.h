@@ -24,6 +24,29 @@ constexpr int vectors_in_flight(int group) {
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
+// The units of N lane vectors: begin(v) gives the place of one, meet(v, j, levels) takes its levels. Vectors that are
+// open together meet dword by dword, so that a broadcast operand is loaded once for all of them, and none is kept and
+// spilled (AVX-512, against one vector after the other: tq3 14 %, tcq3 10 %, tq1 11 %, tq4 1 % faster). Bytes have no
+// second dword, and are read best one after the other (10 %).
+template <class S, int N, class U, class Begin, class Meet>
+[[gnu::always_inline]] inline void meet_units(const U& unpack, typename U::Carry* carry, Begin&& begin, Meet&& meet) {
+  constexpr int kFit = U::kDwords == 1 ? 1 : S::kOpenLines / U::kLines, kPower = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+  constexpr int kOpen = kPower < N ? kPower : N;
+  static_assert(N % kOpen == 0);
+  unrolled<N / kOpen>([&](auto part) __attribute__((always_inline)) {
+    typename U::Raw raw[kOpen];
+    unrolled<kOpen>([&](auto n) __attribute__((always_inline)) {
+      constexpr int v = part * kOpen + n;
+      raw[n] = unpack.load(begin(v), carry[v]);
+    });
+    unrolled<U::kDwords>([&](auto j) __attribute__((always_inline)) {
+      unrolled<kOpen>([&](auto n) __attribute__((always_inline)) {
+        meet(part * kOpen + n, j, unpack.template levels<j>(raw[n]));
+      });
+    });
+  });
+}
+
 template <class S>
 [[gnu::always_inline]] inline typename S::F load_scales(const uint16_t* scales) {
   return S::template load_element<kvpack::Dtype::f16>(reinterpret_cast<const uint8_t*>(scales));

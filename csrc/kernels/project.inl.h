@@ -72,14 +72,12 @@ void project_signs(const uint8_t* lines, const QuantizedResiduals& x, int d, uin
         for (int j = 0; j < d / 4; ++j)
           unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
             typename decltype(unpack)::Carry none;
-            unpack(
-                lines + (static_cast<ptrdiff_t>(i / 16) * (d / 4) + j) * kLine + (v0 + v) * 4 * S::kLanes,
-                none, [&](int, auto levels) __attribute__((always_inline)) {
-                  const typename S::Code code = S::expand(levels);
-                  unrolled<kAtOnce>([&](int n) __attribute__((always_inline)) {
-                    acc[n][v] = S::template dot<kvpack::Side::key>(acc[n][v], code, x.operand[t + n] + j);
-                  });
-                });
+            const auto raw = unpack.load(
+                lines + (static_cast<ptrdiff_t>(i / 16) * (d / 4) + j) * kLine + (v0 + v) * 4 * S::kLanes, none);
+            const typename S::Code code = S::expand(unpack.template levels<0>(raw));
+            unrolled<kAtOnce>([&](int n) __attribute__((always_inline)) {
+              acc[n][v] = S::template dot<kvpack::Side::key>(acc[n][v], code, x.operand[t + n] + j);
+            });
           });
         for (int n = 0; n < kAtOnce; ++n)
           for (int v = 0; v < kInFlight; ++v)

@@ -171,13 +171,15 @@ void score(const kvpack::ScoreArgs& a) {
                          : unpack.start(lane(last, v));
 #pragma GCC unroll 1
         for (int u = sb * units; u < end; ++u) {
-          unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
-            const uint8_t* p = lane(u, v);
-            if (level == 0 && (v0 + v) % kPerBlock == 0)
-              for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
-            unpack(
-                p, carry[v], [&](int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
-          });
+          meet_units<S, kInFlight>(
+              unpack, carry,
+              [&](int v) __attribute__((always_inline)) {
+                const uint8_t* p = lane(u, v);
+                if (level == 0 && (v0 + v) % kPerBlock == 0)
+                  for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
+                return p;
+              },
+              [&](int v, int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
         }
         if constexpr (kDwords >= 8)  // units that lane blocks share, the last ones: each meets its own share
           for (int part = 0; part < (sb == blocks - 1 ? parts : 0); ++part)
@@ -200,8 +202,9 @@ void score(const kvpack::ScoreArgs& a) {
             if constexpr (Codec::kAsymmetric) {
               S::store(out, S::fma(sum, unit, level == 0 && sb == 0 ? S::set1(bias[key_group][g]) : S::load(out)));
             } else {
-              const auto part = S::mul(S::mul(sum, scale), unit);
-              S::store(out, level == a.first && sb == 0 && !a.add ? part : S::add(S::load(out), part));
+              const auto part = S::mul(sum, scale);
+              S::store(out,
+                       level == a.first && sb == 0 && !a.add ? S::mul(part, unit) : S::fma(part, unit, S::load(out)));
             }
           }
         }

@@ -1,8 +1,9 @@
 // From packed lines to level bytes: one unit of one lane vector. See format.h for where the fields lie.
 //
-// An unpacker is called unit by unit along the depth axis, and may carry something of a lane vector from unit to unit
-// (Carry, made by start() from the last unit of the lane vector: sequences are circular). shared() is for a unit of
-// which each of two or four lane blocks has a share (format.h); it calls use(j, levels) for the four dwords of one.
+// An unpacker loads unit by unit along the depth axis, and may carry something of a lane vector from unit to unit
+// (Carry, made by start() from the last unit of the lane vector: sequences are circular). levels<J>() are those of one
+// of the kDwords dwords of what was loaded. shared() is for a unit of which each of two or four lane blocks has a share
+// (format.h); it calls use(j, levels) for the four dwords of one.
 #pragma once
 #include "codecs/all.h"
 #include "kernels/blocking.inl.h"
@@ -18,55 +19,51 @@ struct Memoryless {
   Carry start_shared(const uint8_t* /*last*/, const uint8_t* /*shared*/, int /*share*/) const { return {}; }
   template <class Use>
   [[gnu::always_inline]] void shared(const uint8_t* p, int share, Carry& carry, Use&& use) const {
-    static_cast<const Self&> (*this)(
-        p, carry, [&](int j, auto levels) __attribute__((always_inline)) {
-          if (j / 4 == share) use(j % 4, levels);
-        });
+    const Self& self = static_cast<const Self&>(*this);
+    const auto raw = self.load(p, carry);
+    unrolled<Self::kDwords>([&](auto j) __attribute__((always_inline)) {
+      if (j / 4 == share) use(j % 4, self.template levels<j>(raw));
+    });
+  }
+};
+
+// The lines of a unit, of one lane vector.
+template <class S, int Lines>
+struct UnitLines {
+  typename S::I line[Lines];
+  [[gnu::always_inline]] static UnitLines load(const uint8_t* p) {
+    UnitLines raw;
+    for (int n = 0; n < Lines; ++n) raw.line[n] = S::load_bytes(p + n * kvpack::kLine);
+    return raw;
   }
 };
 
 // Tables of a codec for one side: key levels carry the policy's offset (kKeyOffset), value levels are signed.
 template <class S, class Codec, kvpack::Side Sd>
 struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
+  using I = typename S::I;
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kBits = Codec::kBits;
   static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
   static constexpr int kDwords = kvpack::unit_dwords(kBits);
   static constexpr int kLines = kvpack::unit_lines(kBits);
+  using Raw = UnitLines<S, kLines>;
   // A copy with internal linkage: ISA units export nothing but their table.
   static constexpr kvpack::LevelTable kLevels = Codec::kLevels;
   static constexpr auto kBytes = S::template table_bytes<kBits>(kLevels.level, kOffset);
   typename S::template Table<kBits> table = S::template load_table<kBits>(kBytes);
 
-  // Calls use(j, levels) for the kDwords dwords of the unit at p.
-  template <class Use>
-  [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& /*carry*/, Use&& use) const {
-    using I = typename S::I;
-    const I a = S::load_bytes(p);
-    if constexpr (kBits == 1) {
-      unrolled<8>([&](auto j) __attribute__((always_inline)) { use(j, S::template look_up<1, j>(table, a)); });
-    } else if constexpr (kBits == 4) {
-      use(0, S::template look_up<4, 0>(table, a));
-      use(1, S::template look_up<4, 4>(table, a));
-    } else if constexpr (kBits == 2) {
-      use(0, S::template look_up<2, 0>(table, a));
-      use(1, S::template look_up<2, 2>(table, a));
-      use(2, S::template look_up<2, 4>(table, a));
-      use(3, S::template look_up<2, 6>(table, a));
-    } else {
-      static_assert(kBits == 3);
-      const I b = S::load_bytes(p + kvpack::kLine), c = S::load_bytes(p + 2 * kvpack::kLine);
-      use(0, S::template look_up<3, 0>(table, a));
-      use(1, S::template look_up<3, 3>(table, a));
-      use(2, S::template look_up<3, 0>(table, b));
-      use(3, S::template look_up<3, 3>(table, b));
-      use(4, S::template look_up<3, 0>(table, c));
-      use(5, S::template look_up<3, 3>(table, c));
-      // Bits 6 and 7 of the three planes, side by side, are the two last codes.
-      const I ab = S::template select_bits<0x03>(S::shift_right_16(a, 6), S::shift_right_16(b, 4));
-      const I rest = S::template select_bits<0x0f>(ab, S::shift_right_16(c, 2));
-      use(6, S::template look_up<3, 0>(table, rest));
-      use(7, S::template look_up<3, 3>(table, rest));
+  [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& /*carry*/) const { return Raw::load(p); }
+  template <int J>
+  [[gnu::always_inline]] I levels(const Raw& raw) const {
+    if constexpr (kBits != 3) {
+      return S::template look_up<kBits, J * kBits>(table, raw.line[0]);
+    } else if constexpr (J < 6) {
+      return S::template look_up<3, J % 2 * 3>(table, raw.line[J / 2]);
+    } else {  // bits 6 and 7 of the three planes, side by side, are the two last codes
+      const I two = S::template select_bits<0x03>(S::shift_right_16(raw.line[0], 6), S::shift_right_16(raw.line[1], 4));
+      const I rest = S::template select_bits<0x0f>(two, S::shift_right_16(raw.line[2], 2));
+      return S::template look_up<3, J % 2 * 3>(table, rest);
     }
   }
 };
@@ -76,11 +73,12 @@ template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kDwords = 1, kLines = 1;
-  template <class Use>
-  [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& /*carry*/, Use&& use) const {
-    const typename S::I raw = S::load_bytes(p);
+  using Raw = UnitLines<S, kLines>;
+  [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& /*carry*/) const { return Raw::load(p); }
+  template <int>
+  [[gnu::always_inline]] typename S::I levels(const Raw& raw) const {
     constexpr bool offset = Sd == kvpack::Side::key && S::kKeyOffset == 128;
-    use(0, offset ? raw : S::flip_sign_bit(raw));
+    return offset ? raw.line[0] : S::flip_sign_bit(raw.line[0]);
   }
 };
 
@@ -90,21 +88,18 @@ requires(Codec::kBits == 5) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kDwords = 8, kLines = 5;
   static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  using Raw = UnitLines<S, kLines>;
   static constexpr kvpack::LevelTable kLow{{-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1}};
   static constexpr kvpack::LevelTable kHigh{{0, 16}};
   static constexpr auto kLowBytes = S::template table_bytes<4>(kLow.level, kOffset);
   static constexpr auto kHighBytes = S::template table_bytes<1>(kHigh.level, 0);
   typename S::template Table<4> low = S::template load_table<4>(kLowBytes);
   typename S::template Table<1> high = S::template load_table<1>(kHighBytes);
-  template <class Use>
-  [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& /*carry*/, Use&& use) const {
-    using I = typename S::I;
-    const I top = S::load_bytes(p + 4 * kvpack::kLine);
-    unrolled<4>([&](auto n) __attribute__((always_inline)) {
-      const I a = S::load_bytes(p + n * kvpack::kLine);
-      use(2 * n, S::add_bytes(S::template look_up<4, 0>(low, a), S::template look_up<1, 2 * n>(high, top)));
-      use(2 * n + 1, S::add_bytes(S::template look_up<4, 4>(low, a), S::template look_up<1, 2 * n + 1>(high, top)));
-    });
+  [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& /*carry*/) const { return Raw::load(p); }
+  template <int J>
+  [[gnu::always_inline]] typename S::I levels(const Raw& raw) const {
+    return S::add_bytes(S::template look_up<4, J % 2 * 4>(low, raw.line[J / 2]),
+                        S::template look_up<1, J>(high, raw.line[4]));
   }
 };
 
@@ -175,33 +170,38 @@ requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
     ShareLines line;
     line[0] = carry.before;
     share_lines(p, share, line);
-    decode<4>(line, use);
+    unrolled<4>([&](auto j) __attribute__((always_inline)) { use(j, decode<j>(line)); });
     carry.before = share_end(line);
   }
 
-  template <class Use>
-  [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& carry, Use&& use) const {
+  // The lines of a unit, behind the one before it.
+  struct Raw {
     I line[kLines + 1];
-    line[0] = carry.before;
-    for (int n = 0; n < kLines; ++n) line[n + 1] = S::load_bytes(p + n * kvpack::kLine);
-    decode<kDwords>(line, use);
-    carry.before = line[kLines];
+  };
+  [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& carry) const {
+    Raw raw;
+    raw.line[0] = carry.before;
+    for (int n = 0; n < kLines; ++n) raw.line[n + 1] = S::load_bytes(p + n * kvpack::kLine);
+    carry.before = raw.line[kLines];
+    return raw;
+  }
+  template <int J>
+  [[gnu::always_inline]] I levels(const Raw& raw) const {
+    return decode<J>(raw.line);
   }
 
  private:
-  template <int Dwords, class Use>
-  [[gnu::always_inline]] void decode(const I* line, Use&& use) const {
-    unrolled<Dwords>([&](auto j) __attribute__((always_inline)) {
-      constexpr int kEnd = static_cast<int>(Codec::kBits * (j + 1)) - 1, kBit = kEnd % 8;
-      const I here = line[kEnd / 8 + 1], before = line[kEnd / 8];
-      I index = here;
-      if constexpr (kBit != 7)
-        index = S::template select_bits<(0xff << (7 - kBit)) & 0xff>(S::shift_left_16(here, 7 - kBit),
-                                                                     S::shift_right_16(before, kBit + 1));
-      const I change = S::exclusive_or(here, before);
-      const I signs = kBit == 7 ? change : S::shift_left_16(change, 7 - kBit);
-      use(j, S::negate_where_top_bit(S::look_up_128(kTables == 1 || j % 2 == 0 ? even : odd, index), signs));
-    });
+  template <int J>
+  [[gnu::always_inline]] I decode(const I* line) const {
+    constexpr int kEnd = static_cast<int>(Codec::kBits * (J + 1)) - 1, kBit = kEnd % 8;
+    const I here = line[kEnd / 8 + 1], before = line[kEnd / 8];
+    I index = here;
+    if constexpr (kBit != 7)
+      index = S::template select_bits<(0xff << (7 - kBit)) & 0xff>(S::shift_left_16(here, 7 - kBit),
+                                                                   S::shift_right_16(before, kBit + 1));
+    const I change = S::exclusive_or(here, before);
+    const I signs = kBit == 7 ? change : S::shift_left_16(change, 7 - kBit);
+    return S::negate_where_top_bit(S::look_up_128(kTables == 1 || J % 2 == 0 ? even : odd, index), signs);
   }
 };
 

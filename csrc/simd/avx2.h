@@ -15,7 +15,7 @@ struct Avx2 {
   using F = __m256;
   using Code = __m256i;
   static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbMax = 255, kProbBase = 128, kKeyOffset = 0,
-                       kOperandDwords = 1;
+                       kOperandDwords = 1, kOpenLines = 1;
 
   static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static I splat(int32_t v) { return _mm256_set1_epi32(v); }

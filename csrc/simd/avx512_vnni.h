@@ -13,7 +13,7 @@ struct Avx512Vnni {
   using F = __m512;
   using Code = __m512i;
   static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbMax = 255, kProbBase = 256, kKeyOffset = 128,
-                       kOperandDwords = 1;
+                       kOperandDwords = 1, kOpenLines = 16;
 
   static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I splat(int32_t v) { return _mm512_set1_epi32(v); }

@@ -15,7 +15,7 @@ struct Neon {
   using F = float32x4_t;
   using Code = int8x16_t;
   static constexpr int kLanes = 4, kGroup = 4, kAccumulators = 16, kProbMax = 127, kProbBase = 128, kKeyOffset = 0,
-                       kOperandDwords = 1;
+                       kOperandDwords = 1, kOpenLines = 1;
 
   static uint8x16_t bytes(I v) { return vreinterpretq_u8_s32(v); }
   static I from(uint8x16_t v) { return vreinterpretq_s32_u8(v); }

@@ -13,6 +13,7 @@
 //                         to Largest could saturate
 //   kKeyOffset            added to key levels in tables (128 where the dot product takes unsigned codes)
 //   kOperandDwords        dwords per four depths of a broadcast operand
+//   kOpenLines            packed lines that lane vectors may have in registers together (meet_units)
 //   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
 //   look_up<Bits, Pos>    level bytes of the field at bit Pos of every byte
 //   look_up_128           level bytes of a table of 128, by bits 0..6 of every byte
@@ -59,7 +60,7 @@ struct Scalar {
   using Code = uint32_t;
   // One row at a time: code for four would be most of what there is to compile.
   static constexpr int kLanes = 1, kGroup = 1, kAccumulators = 4, kProbMax = 255, kProbBase = 256, kKeyOffset = 0,
-                       kOperandDwords = 1;
+                       kOperandDwords = 1, kOpenLines = 1;
 
   static I load_bytes(const uint8_t* p) {
     I v;
