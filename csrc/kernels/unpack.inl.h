@@ -25,12 +25,16 @@ struct Memoryless {
   }
 };
 
-// Tables of a codec for one side: key levels carry the policy's offset (kKeyOffset), value levels are signed.
+// What a policy adds to the levels of a side. Negation of a byte with an offset of 128 negates its level.
+template <class S, kvpack::Side Sd>
+constexpr int kLevelOffset = Sd == kvpack::Side::key ? S::kKeyOffset : S::kValueOffset;
+
+// Tables of a codec for one side.
 template <class S, class Codec, kvpack::Side Sd>
 struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kBits = Codec::kBits;
-  static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  static constexpr int kOffset = kLevelOffset<S, Sd>;
   static constexpr int kDwords = kvpack::unit_dwords(kBits);
   static constexpr int kLines = kvpack::unit_lines(kBits);
   // A copy with internal linkage: ISA units export nothing but their table.
@@ -71,7 +75,7 @@ struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
   }
 };
 
-// 8 bits: level = code - 128, so the byte itself is the key level with offset 128.
+// 8 bits: level = code - 128, so the byte itself is the level with offset 128.
 template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
@@ -79,8 +83,7 @@ requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<
   template <class Use>
   [[gnu::always_inline]] void operator()(const uint8_t* p, Carry& /*carry*/, Use&& use) const {
     const typename S::I raw = S::load_bytes(p);
-    constexpr bool offset = Sd == kvpack::Side::key && S::kKeyOffset == 128;
-    use(0, offset ? raw : S::flip_sign_bit(raw));
+    use(0, kLevelOffset<S, Sd> == 128 ? raw : S::flip_sign_bit(raw));
   }
 };
 
@@ -89,7 +92,7 @@ template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kBits == 5) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kDwords = 8, kLines = 5;
-  static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  static constexpr int kOffset = kLevelOffset<S, Sd>;
   static constexpr kvpack::LevelTable kLow{{-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1}};
   static constexpr kvpack::LevelTable kHigh{{0, 16}};
   static constexpr auto kLowBytes = S::template table_bytes<4>(kLow.level, kOffset);
@@ -115,7 +118,7 @@ template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
   using I = typename S::I;
   using Code = typename Codec::Code;
-  static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  static constexpr int kOffset = kLevelOffset<S, Sd>;
   static constexpr int kDwords = kvpack::unit_dwords(Codec::kBits), kLines = kvpack::unit_lines(Codec::kBits);
   static constexpr int kTables = Code::kEvenBits == Code::kOddBits ? 1 : 2;
   struct Levels {
