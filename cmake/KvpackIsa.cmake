@@ -4,13 +4,13 @@ function(kvpack_warnings target)
   target_compile_options(${target} PRIVATE -Wall -Wextra -Werror)
 endfunction()
 
-# The instructions that multiply bytes and look levels up, as regular expressions.
-set(kvpack_avx2_instructions vpmaddubsw vpshufb)
-set(kvpack_avx_vnni_instructions vpdpbusd vpshufb)
-set(kvpack_avx512_vnni_instructions vpdpbusd vpshufb)
-set(kvpack_avx512_vbmi_instructions vpdpbusd "vperm(b|[it]2b)")
-set(kvpack_neon_instructions "smull2?" "tb[lx]")
-set(kvpack_neon_dotprod_instructions sdot "tb[lx]")
+# The instructions that multiply bytes of keys, of values, and look levels up, as regular expressions.
+set(kvpack_avx2_instructions vpmaddubsw vpmaddubsw vpshufb)
+set(kvpack_avx_vnni_instructions vpdpbusd vpdpbusd vpshufb)
+set(kvpack_avx512_vnni_instructions vpdpbusd vpdpbusd vpshufb)
+set(kvpack_avx512_vbmi_instructions vpdpbusd vpdpbusd "vperm(b|[it]2b)")
+set(kvpack_neon_instructions "smull2?" "umull2?" "tb[lx]")
+set(kvpack_neon_dotprod_instructions sdot udot "tb[lx]")
 
 # kvpack_add_isa(name flags...): compiles csrc/isa/<name>.cpp with those flags, and nothing else with them. In test
 # builds, a test fails when the object exports a weak symbol: the linker could pick it for a machine without the ISA.

@@ -7,7 +7,10 @@
 // Probabilities: one byte with a fixed dither (floor(x + u_token)): plain rounding drops a coherent tail below half a
 // step and doubles the error of a spiky tile. Precision "high": two bytes, no dither.
 //
-// Overflow: |acc| <= 64 tokens * 255 * 128 = 2.1e6 < 2^31; with two bytes each plane keeps that bound.
+// Levels with an offset (kValueOffset): sums begin with minus the offset times the sum of the quantized probabilities.
+//
+// Overflow: |acc| <= 64 tokens * 255 * 128 = 2.1e6 < 2^31; with two bytes each plane keeps that bound. With an offset
+// of 128, the tokens that a sum has not met yet count as if their level was -128: no more than that.
 #pragma once
 #include "kernels/blocking.inl.h"
 #include "kernels/table.h"
@@ -31,7 +34,7 @@ constexpr Dither kDither{};
   __builtin_memcpy(out, byte, sizeof byte);
 }
 
-// The largest size of a level.
+// The largest size of a level, as it is read.
 template <class Codec>
 constexpr int largest_level() {
   if constexpr (Codec::kBits == 8 || Codec::kTrellis) return 128;
@@ -42,20 +45,22 @@ constexpr int largest_level() {
       const int level = Codec::kLevels.level[i];
       largest = level > largest ? level : -level > largest ? -level : largest;
     }
-    return largest;
+    return largest / common_factor<Codec>();
   }
 }
 
 // Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane. Largest: the largest size of
-// a level. `worth`: of a unit of the integer sums. Rows side by side, so that reductions and divisions overlap.
+// a level. `worth`: of a unit of the integer sums; `begin`: what they begin with. Rows side by side, so that reductions
+// and divisions overlap.
 template <class S, int Largest, int G, bool High, int Operands>
 [[gnu::always_inline]] inline void quantize_probs(const float* probs, const uint16_t* scales, int dither,
-                                                  int32_t (&operand)[High ? 2 : 1][G][Operands], float* worth) {
+                                                  int32_t (&operand)[High ? 2 : 1][G][Operands], float* worth,
+                                                  int32_t (&begin)[High ? 2 : 1][G]) {
   using namespace kvpack;
   using F = typename S::F;
-  constexpr int kBase = S::kProbBase;
+  constexpr int kBase = S::kProbBase, kPlanes = High ? 2 : 1;
   // Even: the halves of a pair of equal ones are whole.
-  constexpr float kSteps = static_cast<float>(High ? (S::kProbMax + 1) * kBase - 2 : S::kProbMax - 1);
+  constexpr float kSteps = static_cast<float>(High ? 256 * kBase - 2 : 254);
   alignas(64) float size[kTile];
   F top[4];
   for (int g = 0; g < 4; ++g) top[g] = S::set1(1e-30F);
@@ -70,6 +75,13 @@ template <class S, int Largest, int G, bool High, int Operands>
   S::reduce_max_4(top[0], top[1], top[2], top[3], max);
   for (int g = 0; g < 4; ++g) to_steps[g] = kSteps / max[g];
   for (int g = 0; g < G; ++g) worth[g] = max[g] / kSteps;
+  [[maybe_unused]] F sum[kPlanes][4];
+  if constexpr (S::kValueOffset != 0)
+    for (int i = 0; i < 4 * kPlanes; ++i) sum[i / 4][i % 4] = S::zero();
+  const auto put = [&](int n, int g, int t, F v) __attribute__((always_inline)) {
+    S::store_operand(operand[n][g], t, v);
+    if constexpr (S::kValueOffset != 0) sum[n][g] = S::add(sum[n][g], S::truncate(v));
+  };
   for (int t = 0; t < kTile; t += S::kLanes) {
     const F scale = S::load(size + t);
     unrolled<G>([&](int g) __attribute__((always_inline)) {
@@ -77,13 +89,19 @@ template <class S, int Largest, int G, bool High, int Operands>
       if constexpr (High) {
         const F whole = S::min(S::round_even(S::mul(prob, unit)), S::set1(kSteps));
         const F upper = S::truncate(S::mul(whole, S::set1(1.0F / kBase)));
-        S::store_operand(operand[0][g], t, upper);
-        S::store_operand(operand[1][g], t, S::fma(upper, S::set1(-static_cast<float>(kBase)), whole));
+        put(0, g, t, upper);
+        put(1, g, t, S::fma(upper, S::set1(-static_cast<float>(kBase)), whole));
       } else {
-        S::store_operand(operand[0][g], t, S::fma(prob, unit, S::load(kDither.u + dither + t)));
+        put(0, g, t, S::fma(prob, unit, S::load(kDither.u + dither + t)));
       }
     });
   }
+  if constexpr (S::kValueOffset != 0)
+    for (int n = 0; n < kPlanes; ++n) {
+      float total[4];
+      S::reduce_add_4(sum[n][0], sum[n][1], sum[n][2], sum[n][3], total);
+      for (int g = 0; g < G; ++g) begin[n][g] = -S::kValueOffset * static_cast<int32_t>(total[g]);
+    }
 }
 
 // Probabilities times the middles, zero + step * kMiddle, of 64 tokens.
@@ -112,6 +130,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   alignas(64) int32_t operand[kPlanes][G][kOperands];
   [[maybe_unused]] int32_t negative[kTile / 4];
+  int32_t begin[kPlanes][G] = {};
   float worth[G] = {}, bias[G] = {};  // bias: what the middles of an asymmetric block add to its dims
   int ready = -1;
   // `Step` vectors of a superblock, from v0 on.
@@ -121,7 +140,8 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     if (block != ready) {
       if constexpr (Codec::kSignedScales) sign_bytes(a.tile.scales + block * kTile, negative);
       quantize_probs<S, largest_level<Codec>(), G, High>(a.probs, a.tile.scales + block * kTile, a.dither, operand,
-                                                         worth);
+                                                         worth, begin);
+      for (int g = 0; g < G; ++g) worth[g] *= static_cast<float>(common_factor<Codec>());
       if constexpr (Codec::kAsymmetric)
         for (int g = 0; g < G; ++g) {
           bias[g] = middle_of<S, Codec>(a.probs + g * kTile, a.tile.scales + block * kTile,
@@ -133,7 +153,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     I acc[kPlanes][G][Step];
     for (int n = 0; n < kPlanes; ++n)
       for (int g = 0; g < G; ++g)
-        for (int v = 0; v < Step; ++v) acc[n][g][v] = S::splat(0);
+        for (int v = 0; v < Step; ++v) acc[n][g][v] = S::splat(S::kValueOffset == 0 ? 0 : begin[n][g]);
     const auto lane = [&](int u, int v) {
       const int at = v0 + v;
       return base + static_cast<size_t>(u * lane_blocks + at / kPerBlock) * kLines * kLine +

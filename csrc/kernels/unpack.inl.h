@@ -38,18 +38,43 @@ struct UnitLines {
   }
 };
 
-// Tables of a codec for one side: key levels carry the policy's offset (kKeyOffset), value levels are signed.
+// What a policy adds to the levels of a side. Negation of a byte with an offset of 128 negates its level.
+template <class S, kvpack::Side Sd>
+constexpr int kLevelOffset = Sd == kvpack::Side::key ? S::kKeyOffset : S::kValueOffset;
+
+// The largest number that divides all levels of a codebook. Values are read in units of it: small levels leave room for
+// probabilities where sums of two products could saturate (AVX2; of tq1 and tq2).
+template <class Codec>
+constexpr int common_factor() {
+  int factor = 0;
+  for (const int level : Codec::kLevels.level)
+    for (int rest = level < 0 ? -level : level; rest != 0;) {
+      const int next = factor % rest;
+      factor = rest;
+      rest = next;
+    }
+  return factor == 0 ? 1 : factor;
+}
+template <class Codec, kvpack::Side Sd>
+constexpr kvpack::LevelTable read_levels() {
+  kvpack::LevelTable t = Codec::kLevels;
+  for (int8_t& level : t.level)
+    level = static_cast<int8_t>(level / (Sd == kvpack::Side::value ? common_factor<Codec>() : 1));
+  return t;
+}
+
+// Tables of a codec for one side.
 template <class S, class Codec, kvpack::Side Sd>
 struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
   using I = typename S::I;
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kBits = Codec::kBits;
-  static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  static constexpr int kOffset = kLevelOffset<S, Sd>;
   static constexpr int kDwords = kvpack::unit_dwords(kBits);
   static constexpr int kLines = kvpack::unit_lines(kBits);
   using Raw = UnitLines<S, kLines>;
-  // A copy with internal linkage: ISA units export nothing but their table.
-  static constexpr kvpack::LevelTable kLevels = Codec::kLevels;
+  // With internal linkage: ISA units export nothing but their table.
+  static constexpr kvpack::LevelTable kLevels = read_levels<Codec, Sd>();
   static constexpr auto kBytes = S::template table_bytes<kBits>(kLevels.level, kOffset);
   typename S::template Table<kBits> table = S::template load_table<kBits>(kBytes);
 
@@ -68,7 +93,7 @@ struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
   }
 };
 
-// 8 bits: level = code - 128, so the byte itself is the key level with offset 128.
+// 8 bits: level = code - 128, so the byte itself is the level with offset 128.
 template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
@@ -77,8 +102,7 @@ requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<
   [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& /*carry*/) const { return Raw::load(p); }
   template <int>
   [[gnu::always_inline]] typename S::I levels(const Raw& raw) const {
-    constexpr bool offset = Sd == kvpack::Side::key && S::kKeyOffset == 128;
-    return offset ? raw.line[0] : S::flip_sign_bit(raw.line[0]);
+    return kLevelOffset<S, Sd> == 128 ? raw.line[0] : S::flip_sign_bit(raw.line[0]);
   }
 };
 
@@ -87,7 +111,7 @@ template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kBits == 5) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kDwords = 8, kLines = 5;
-  static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  static constexpr int kOffset = kLevelOffset<S, Sd>;
   using Raw = UnitLines<S, kLines>;
   static constexpr kvpack::LevelTable kLow{{-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1}};
   static constexpr kvpack::LevelTable kHigh{{0, 16}};
@@ -110,7 +134,7 @@ template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
   using I = typename S::I;
   using Code = typename Codec::Code;
-  static constexpr int kOffset = Sd == kvpack::Side::key ? S::kKeyOffset : 0;
+  static constexpr int kOffset = kLevelOffset<S, Sd>;
   static constexpr int kDwords = kvpack::unit_dwords(Codec::kBits), kLines = kvpack::unit_lines(Codec::kBits);
   static constexpr int kTables = Code::kEvenBits == Code::kOddBits ? 1 : 2;
   struct Levels {

@@ -14,7 +14,7 @@ struct Avx2 {
   using I = __m256i;
   using F = __m256;
   using Code = __m256i;
-  static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbMax = 255, kProbBase = 128, kKeyOffset = 0,
+  static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbBase = 128, kKeyOffset = 0, kValueOffset = 0,
                        kOperandDwords = 1, kOpenLines = 1;
 
   static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -83,7 +83,7 @@ struct Avx2 {
   }
   template <int Largest>
   static F prob_bound(F v) {
-    return 2 * kProbMax * Largest <= 0x7fff ? v : _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1));
+    return 2 * 0xff * Largest <= 0x7fff ? v : _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1));
   }
   template <kvpack::Side S>
   static I dot(I acc, Code levels, const int32_t* operand) {

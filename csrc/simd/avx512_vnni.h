@@ -12,7 +12,7 @@ struct Avx512Vnni {
   using I = __m512i;
   using F = __m512;
   using Code = __m512i;
-  static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbMax = 255, kProbBase = 256, kKeyOffset = 128,
+  static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 128, kValueOffset = 0,
                        kOperandDwords = 1, kOpenLines = 16;
 
   static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -1,7 +1,10 @@
-// Policies "neon" (Armv8-A) and "neon_dotprod" (with sdot). 4 lanes. What a policy provides is described in scalar.h.
+// Policies "neon" (Armv8-A) and "neon_dotprod" (with sdot and udot). 4 lanes. What a policy provides is described in
+// scalar.h.
 //
-// Both dot products are signed by signed, so quantized probabilities stay below 128. Byte products of |127| * |128|
-// summed in pairs fit 16 bits (32512), which is what the version without sdot relies on.
+// There are no products of unsigned with signed bytes. Keys are signed, as queries are. Values are unsigned, as
+// probabilities are, so that these have eight bits: 128 is added to their levels, and 128 times the sum of the
+// probabilities is taken from the sums. What the version without dot products relies on: two products of keys fit
+// 16 bits (2 * 127 * 128 = 32512), and one of values does (255 * 255 = 65025); two of these are added in 32.
 #pragma once
 #include <arm_neon.h>
 
@@ -14,7 +17,7 @@ struct Neon {
   using I = int32x4_t;
   using F = float32x4_t;
   using Code = int8x16_t;
-  static constexpr int kLanes = 4, kGroup = 4, kAccumulators = 16, kProbMax = 127, kProbBase = 128, kKeyOffset = 0,
+  static constexpr int kLanes = 4, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 0, kValueOffset = 128,
                        kOperandDwords = 1, kOpenLines = 1;
 
   static uint8x16_t bytes(I v) { return vreinterpretq_u8_s32(v); }
@@ -88,11 +91,23 @@ struct Neon {
   static F prob_bound(F v) {
     return v;
   }
-  template <kvpack::Side>
+  template <kvpack::Side S>
   static I dot(I acc, Code code, const int32_t* operand) {
-    const int8x16_t w = vreinterpretq_s8_s32(vdupq_n_s32(*operand));
-    const int16x8_t low = vmull_s8(vget_low_s8(code), vget_low_s8(w)), high = vmull_high_s8(code, w);
-    return vpadalq_s16(acc, vpaddq_s16(low, high));
+    if constexpr (S == kvpack::Side::key) {
+      const int8x16_t w = vreinterpretq_s8_s32(vdupq_n_s32(*operand));
+      const int16x8_t low = vmull_s8(vget_low_s8(code), vget_low_s8(w)), high = vmull_high_s8(code, w);
+      return vpadalq_s16(acc, vpaddq_s16(low, high));
+    } else {  // the first two bytes of every dword, then the last two; those of `code` serve all rows
+      uint16_t w[2];
+      __builtin_memcpy(w, operand, sizeof w);
+      const uint32x4_t dwords = vreinterpretq_u32_s8(code);
+      const uint16x4_t first = vmovn_u32(dwords), last = vshrn_n_u32(dwords, 16);
+      const auto product = [](uint16x4_t levels, uint16_t probs) {
+        return vmull_u8(vreinterpret_u8_u16(levels), vreinterpret_u8_u16(vdup_n_u16(probs)));
+      };
+      const uint32x4_t sum = vpadalq_u16(vreinterpretq_u32_s32(acc), product(first, w[0]));
+      return vreinterpretq_s32_u32(vpadalq_u16(sum, product(last, w[1])));
+    }
   }
 
   static F load(const float* p) { return vld1q_f32(p); }
@@ -220,9 +235,11 @@ struct Neon {
 
 #ifdef __ARM_FEATURE_DOTPROD
 struct NeonDotprod : Neon {
-  template <kvpack::Side>
+  template <kvpack::Side S>
   static I dot(I acc, Code code, const int32_t* operand) {
-    return vdotq_s32(acc, code, vreinterpretq_s8_s32(vdupq_n_s32(*operand)));
+    const I w = vdupq_n_s32(*operand);
+    if constexpr (S == kvpack::Side::key) return vdotq_s32(acc, code, vreinterpretq_s8_s32(w));
+    return vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(acc), vreinterpretq_u8_s8(code), bytes(w)));
   }
 };
 #endif

@@ -7,11 +7,10 @@
 //   kLanes                floats (= dwords) per vector
 //   kGroup                query rows that share one unpacking of a tile; those of a larger group take turns
 //   kAccumulators         integer accumulators that fit in registers beside tables and operands
-//   kProbMax              largest byte of a quantized probability (127 where the dot product is signed by signed)
 //   kProbBase             a unit of the first byte of a probability of two, in those of the second
-//   prob_bound<Largest>   what kProbMax bounds: probabilities, or sums of two, where sums of two products by levels up
+//   prob_bound<Largest>   what must fit a byte: probabilities, or sums of two, where sums of two products by levels up
 //                         to Largest could saturate
-//   kKeyOffset            added to key levels in tables (128 where the dot product takes unsigned codes)
+//   kKeyOffset, kValueOffset  added to levels in tables (128 where the dot product takes unsigned codes)
 //   kOperandDwords        dwords per four depths of a broadcast operand
 //   kOpenLines            packed lines that lane vectors may have in registers together (meet_units)
 //   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
@@ -59,7 +58,7 @@ struct Scalar {
   using F = float;
   using Code = uint32_t;
   // One row at a time: code for four would be most of what there is to compile.
-  static constexpr int kLanes = 1, kGroup = 1, kAccumulators = 4, kProbMax = 255, kProbBase = 256, kKeyOffset = 0,
+  static constexpr int kLanes = 1, kGroup = 1, kAccumulators = 4, kProbBase = 256, kKeyOffset = 0, kValueOffset = 0,
                        kOperandDwords = 1, kOpenLines = 1;
 
   static I load_bytes(const uint8_t* p) {

@@ -1,13 +1,13 @@
 #!/bin/sh
-# instructions.sh OBJDUMP OBJECT PRODUCT LOOK_UP: what the kernels that read packed tiles must hold.
+# instructions.sh OBJDUMP OBJECT KEYS VALUES LOOK_UP: what the kernels that read packed tiles must hold.
 #   prefetches: GCC takes a function that does nothing else for one without effects, and drops its calls, unless it was
 #     inlined before it found out
-#   products of bytes, by the instruction PRODUCT, in those of integer scores and sums
+#   products of bytes, by the instruction KEYS in those of integer scores, and VALUES in those of integer sums
 #   look-ups of levels, by LOOK_UP, in all of these but those of eight bits, which need not
-# PRODUCT and LOOK_UP are regular expressions.
+# KEYS, VALUES and LOOK_UP are regular expressions.
 set -e
 code=$("$1" -dC --no-show-raw-insn "$2")
-printf '%s\n' "$code" | awk -v product="^($3)\$" -v look_up="^($4)\$" '
+printf '%s\n' "$code" | awk -v keys="^($3)\$" -v values="^($4)\$" -v look_up="^($5)\$" '
   function missing(what) { print "no " what " in " name; bad++ }
   function done() {
     if (name != "") {
@@ -26,6 +26,7 @@ printf '%s\n' "$code" | awk -v product="^($3)\$" -v look_up="^($4)\$" '
     if (/::(score|accumulate_planes|exact_score)</) {
       name = $0
       integer = !/::exact_score</
+      product = /::score</ ? keys : values
       prefetches = products = tables = 0
     }
   }

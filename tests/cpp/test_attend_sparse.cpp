@@ -114,7 +114,7 @@ TEST(values_of_masked_tiles_stay_unread) {
                     0x7e, 128);
     Counts counts;
     const Error e = error_of(problem.run(serial_for, counts.of), want, c.dtype);
-    CHECK_LE(e.worst_row, precision == Precision::high ? 2e-4 : 4e-2);
+    CHECK_LE(e.worst_row, error_bound(precision));
     CHECK_EQ(counts.met(), 6 * groups(c));
     CHECK_EQ(counts.unread(), 3 * groups(c));
   }

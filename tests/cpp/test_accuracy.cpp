@@ -1,0 +1,100 @@
+// What the integer kernels cost: attend() on packed tokens alone against double precision on what they decode to. What
+// is measured is the rounding of queries and probabilities, whatever the codec did. tests/ops/test_accuracy.py asks the
+// same of the operators, on measured channels too.
+#include "attend_case.h"
+
+namespace {
+
+using namespace kvpack;
+using namespace attend_case;
+
+constexpr float kSigmas[] = {0.5F, 1.0F, 2.0F, 4.0F};  // deviations of the scores, in nats
+const std::vector<std::string> kSpread{"sigma 0.5", "sigma 1", "sigma 2", "sigma 4"};
+constexpr float kSpike = 6.4F;
+
+// Query token t has scores of deviation kSigmas[t % 4].
+void spread(Problem& problem) {
+  const Case& c = problem.c;
+  for (int64_t head = 0; head < c.query_heads; ++head)
+    for (int64_t t = 0; t < c.query_tokens; ++t) {
+      auto* q = reinterpret_cast<float*>(problem.query.row(0, head, t));
+      for (int64_t i = 0; i < c.key_dim; ++i) q[i] *= kSigmas[static_cast<size_t>(t) % std::size(kSigmas)];
+    }
+}
+
+// Packs tokens of which one in 64 stands out, by kSpike nats to the queries of its KV head; the small probabilities of
+// the others add up to one direction.
+void stand_out(Problem& problem) {
+  const Case& c = problem.c;
+  const int64_t d = c.key_dim, tokens = problem.packed, group = c.query_heads / c.kv_heads;
+  Random random(7);
+  Array keys(1, c.kv_heads, tokens, d, c.dtype, false), values(1, c.kv_heads, tokens, d, c.dtype, false);
+  keys.fill(random, 1.0F);
+  values.fill(random, 0.5F);
+  for (int64_t kv = 0; kv < c.kv_heads; ++kv) {
+    std::vector<float> q(static_cast<size_t>(d)), common[2] = {q, q};
+    for (std::vector<float>* vector : {&q, &common[0], &common[1]})
+      for (float& x : *vector) x = random.normal();
+    const float size = std::inner_product(q.begin(), q.end(), q.begin(), 0.0F);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const bool stands_out = t % kTile == 17;
+      auto *key = reinterpret_cast<float*>(keys.row(0, kv, t)), *value = reinterpret_cast<float*>(values.row(0, kv, t));
+      const float wanted = std::sqrt(static_cast<float>(d)) * (stands_out ? kSpike : 0.3F * random.normal());
+      const float more = (wanted - std::inner_product(q.begin(), q.end(), key, 0.0F)) / size;
+      for (size_t i = 0; i < q.size(); ++i) {
+        key[i] += more * q[i];
+        value[i] += common[stands_out ? 1 : 0][i];
+      }
+    }
+    for (int64_t row = 0; row < group * c.query_tokens; ++row) {
+      auto* own = reinterpret_cast<float*>(problem.query.row(0, kv * group + row % group, row / group));
+      for (const float x : q) *own++ = x + 0.05F * random.normal();
+    }
+  }
+  problem.encode(keys, values);
+}
+
+// Rows r with r % kinds == kind; the names of the kinds are for the log.
+void check_rows(Problem& problem, const std::vector<std::string>& kinds) {
+  const reference::Matrix want = problem.expected();
+  for (const Precision precision : {Precision::standard, Precision::high}) {
+    const std::vector<double> errors = row_errors(problem.run(precision), want, problem.c.dtype);
+    for (size_t kind = 0; kind < kinds.size(); ++kind) {
+      const check::Context context(kinds[kind], " precision ", static_cast<int>(precision));
+      std::vector<double> of;
+      for (size_t r = kind; r < errors.size(); r += kinds.size()) of.push_back(errors[r]);
+      std::sort(of.begin(), of.end());
+      const std::string name =
+          "accuracy, precision " + std::to_string(static_cast<int>(precision)) + ", " + kinds[kind];
+      check::measure(name + ", median", of[of.size() / 2]);
+      check::measure(name + ", worst", of.back());
+      if (precision == Precision::standard) CHECK_LE(of[of.size() / 2], kMedianError);
+      CHECK_LE(of.back(), error_bound(precision));
+    }
+  }
+}
+
+}  // namespace
+
+TEST(accuracy_of_every_codec) {
+  for (const CodecInfo& info : codecs())
+    for (const int64_t d : {128, 64}) {
+      if (info.bits == 0 || (check::slow() && d != (info.id % 2 != 0 ? 128 : 64))) continue;
+      Case c;
+      c.batch = 1;
+      c.sinks = c.exact = 0;
+      c.causal = false;
+      c.key_dim = c.value_dim = d;
+      c.key_codec = c.value_codec = inputs::default_code(info);
+      c.query_heads = check::slow() ? 4 : 8;
+      c.kv_heads = check::slow() ? 1 : 2;
+      c.query_tokens = 4 * static_cast<int64_t>(std::size(kSigmas));
+      c.counts.assign(check::slow() ? 5 : 24, kTile);
+      const check::Context context(describe(c));
+      Problem problem(c);
+      spread(problem);
+      check_rows(problem, kSpread);
+      stand_out(problem);
+      check_rows(problem, {"spikes"});
+    }
+}
