@@ -23,6 +23,10 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc cmake python/kvpack !
 
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
+# Corpora and statistics for tests and benchmarks, if they lie beside the checkout.
+KVPACK_DATA ?= $(abspath $(wildcard ../shared/data))
+export KVPACK_DATA
+
 .PHONY: help demo test test-full test-oldest bench bench-prototype lint install clean distclean
 .DELETE_ON_ERROR:
 

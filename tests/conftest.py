@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 # Before torch or transformers are imported. Nothing is fetched by a test, and workers of xdist share few cores.
@@ -11,6 +12,8 @@ for _name, _value in (
     ("HF_HUB_OFFLINE", "1"),
     ("OMP_NUM_THREADS", "1"),
     ("TOKENIZERS_PARALLELISM", "false"),
+    # Corpora and statistics, in a folder beside the checkout; what needs them skips where they are not.
+    ("KVPACK_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data")),
 ):
     os.environ.setdefault(_name, _value)
 

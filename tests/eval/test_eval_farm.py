@@ -221,6 +221,13 @@ def test_what_was_measured_before_a_worker_died_is_kept(
     with pytest.raises(IncompleteSweepError, match=r"1 of 3 rows.*tq3 with window 10: a worker died.*rows: run"):
         sweep(tiny, ids, specs, path=rows, farm=FakeFarm(2))
     assert sorted(measured) == ["tq2", "tq4"]
+    with pytest.raises(
+        IncompleteSweepError, match=r"2 of 4 .*tq3 with window 10, tq3 with window 20: .*`rows`"
+    ) as told:
+        sweep(tiny, ids, [*specs, CacheSpec("tq3", window=20)], farm=FakeFarm(2))
+    assert [row.label for row in told.value.rows] == ["tq4", "tq2"]
+    assert list(told.value.failed) == ["tq3 with window 10", "tq3 with window 20"]
+    measured = measured[:2]
     (tmp_path / "well").touch()
     got = sweep(tiny, ids, specs, path=rows, farm=FakeFarm(2))
     assert [row.label for row in got] == ["tq4", "tq3", "tq2"]

@@ -12,7 +12,7 @@ import torch
 from kvpack.eval import ModelUnavailableError, TextUnavailableError, cut_windows, load_model, load_text
 from kvpack.eval import default_model as default
 from kvpack.eval.models import ByteTokenizer, cache_dir, cast_parameters, random_model
-from kvpack.eval.texts import Text, data_dirs
+from kvpack.eval.texts import Text, data_dir
 
 
 class WithBos(ByteTokenizer):
@@ -36,8 +36,10 @@ def test_files_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("nowhere.txt", str(tmp_path / "empty"), str(tmp_path / "binary")):
         with pytest.raises(TextUnavailableError, match="text"):
             load_text(name)
+    monkeypatch.delenv("KVPACK_DATA", raising=False)
+    with pytest.raises(TextUnavailableError, match="KVPACK_DATA"):
+        load_text("wikitext-2")
     monkeypatch.setenv("KVPACK_DATA", str(tmp_path))
-    monkeypatch.setattr("kvpack.eval.texts.data_dirs", lambda: [tmp_path])
     with pytest.raises(TextUnavailableError, match="KVPACK_DATA"):
         load_text("wikitext-2")
     corpora = tmp_path / "corpora"
@@ -50,8 +52,9 @@ def test_files_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_wikitext_is_whole() -> None:
-    if not any((path / "corpora" / "wikitext-2-raw.test.txt").is_file() for path in data_dirs()):
-        pytest.skip("wikitext-2 is not here")
+    directory = data_dir()
+    if directory is None or not (directory / "corpora" / "wikitext-2-raw.test.txt").is_file():
+        pytest.skip("wikitext-2 is not below $KVPACK_DATA")
     text = load_text("wikitext-2")
     assert sum(len(document.encode()) for document in text.documents) == 1_290_590
     assert len(text.documents) > 50

@@ -104,6 +104,27 @@ def test_a_transformers_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch
     importlib.reload(compat)
 
 
+def test_commands_refuse_a_transformers_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("typer")
+    code = """
+import importlib.metadata, sys, transformers
+from typer.testing import CliRunner
+from kvpack.cli.app import app
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: "5.15.1" if name == "transformers" else version(name)
+transformers.__version__ = "5.15.1"
+said = "needs transformers 5.16 or newer, and 5.15.1 is installed: pip install --upgrade 'kvpack[hf]'"
+for words in ("ppl tq4 --model random", "sweep --model random", "allocate --model random", "demo"):
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 3 and said in result.stderr, (words, result.output)
+result = CliRunner().invoke(app, ["doctor"])
+assert result.exit_code == 1 and "TOO OLD" in result.output, result.output
+assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 1
+"""
+    run(code)
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["codecs"], ["codecs", "--json"], ["doctor"], ["doctor", "--json"]])
 def test_commands_that_need_no_torch(arguments: list[str]) -> None:
     pytest.importorskip("typer")
@@ -133,8 +154,8 @@ def test_the_command_says_what_it_needs() -> None:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 1
-    assert "typer" in done.stderr
+    assert done.returncode == 3
+    assert "needs typer: pip install 'kvpack[cli]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

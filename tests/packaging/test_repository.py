@@ -32,7 +32,7 @@ def test_the_oldest_transformers_is_the_same_everywhere() -> None:
     pinned = re.search(
         r"^transformers==(\d+)\.(\d+)", (ROOT / "requirements/oldest.txt").read_text("utf-8"), re.MULTILINE
     )
-    code = re.search(r"^OLDEST = \((\d+), (\d+)\)", (PYTHON / "hf/compat.py").read_text("utf-8"), re.MULTILINE)
+    code = re.search(r"^OLDEST = \((\d+), (\d+)\)", (PYTHON / "_extras.py").read_text("utf-8"), re.MULTILINE)
     readme = re.search(
         r"^\| transformers \| (\d+)\.(\d+) and newer", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE
     )

@@ -117,8 +117,7 @@ def scalar_rotated(x: np.ndarray, name: str, rule: str) -> tuple[list[int], list
     step = F(scale * F(np.sqrt(d)))
     rest = [F(v - F(step * F(level))) for v, level in zip(y, q, strict=True)]
     size = F(F(np.sqrt(scalar_lanes16([F(v * v) for v in rest]))) * F(1 / d))
-    top = max(abs(v) for v in rest)
-    inverse = F(127) / top if top else F(0)
+    inverse = F(127) / (max(abs(v) for v in rest) or F(np.inf))
     levels = [round(float(F(v * inverse))) for v in rest]
     products = [sum(int(g) * level for g, level in zip(row, levels, strict=True)) for row in projection(d)]
     signs = [2**bits if product >= 0 else 0 for product in products]

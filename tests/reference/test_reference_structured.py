@@ -10,7 +10,7 @@ import pytest
 import kvpack
 from kvpack.reference import CODECS
 
-DATA = Path(os.environ.get("KVPACK_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ["KVPACK_DATA"])
 MOMENTS = DATA / "kv_stats" / "llama-3.1-8b.second-moments.json"
 ROTATED = [name for name, codec in CODECS.items() if codec.rotated]
 D = 128

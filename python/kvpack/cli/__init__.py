@@ -11,7 +11,7 @@ def main() -> None:
         from .app import app
     except ImportError as error:
         if error.name and error.name.partition(".")[0] in ("typer", "rich", "click"):
-            print(f"kvpack: the command line needs {error.name}: pip install {error.name}", file=sys.stderr)
-            raise SystemExit(1) from error
+            print(f"kvpack: the command line needs {error.name}: pip install 'kvpack[cli]'", file=sys.stderr)
+            raise SystemExit(3) from error  # common.UNAVAILABLE, which cannot be imported here
         raise
     app(prog_name="kvpack")

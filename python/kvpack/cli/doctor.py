@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpack._extras import too_old
+
 from .common import DebugOption, JsonOption, output, print_json
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ PACKAGES = (
     "typer",
     "rich",
     "matplotlib",
+    "ray",
 )
 
 
@@ -48,7 +51,7 @@ def findings() -> dict[str, Any]:
     """
     import kvpack
     from kvpack.eval.default_model import default_model_path, default_model_ready
-    from kvpack.eval.texts import data_dirs
+    from kvpack.eval.texts import data_dir
 
     found: dict[str, Any] = {
         "kvpack": own_version(),
@@ -62,8 +65,10 @@ def findings() -> dict[str, Any]:
         "codecs": kvpack.codecs(),
         "default_model": {"path": str(default_model_path()), "ready": default_model_ready()},
         "text": importlib.util.find_spec("pydoc_data.topics") is not None,
-        "data": [str(path) for path in data_dirs() if path.is_dir()],
+        "data": str(data_dir() or ""),
     }
+    version = found["packages"]["transformers"]
+    found["transformers_error"] = None if version is None else too_old(version)
     try:
         import torch
 
@@ -169,7 +174,7 @@ def doctor(
     found = findings()
     if model is not None:
         found["model"] = model_findings(model, codec)
-    healthy = found["native_operators"] is not False and found["torch_error"] is None
+    healthy = found["native_operators"] is not False and not found["torch_error"] and not found["transformers_error"]
     if json:
         print_json({**found, "healthy": healthy})
     else:
@@ -196,9 +201,12 @@ def _show(found: dict[str, Any]) -> None:
             False: "NATIVE LIBRARY MISSING, the PyTorch defaults run: slow",
             None: "no torch" if found["torch_error"] is None else f"TORCH DOES NOT LOAD: {found['torch_error']}",
         }[native],
+        **({"threads": str(found["threads"])} if "threads" in found else {}),
+        **({"transformers": f"TOO OLD: {found['transformers_error']}"} if found["transformers_error"] else {}),
         "codecs": ", ".join(found["codecs"]),
         "default model": f"{default['path']} ({'ready' if default['ready'] else 'not yet'})",
-        "texts": ("topics" if found["text"] else "pydoc_data MISSING") + "".join(f", {path}" for path in found["data"]),
+        "texts": ("topics" if found["text"] else "pydoc_data MISSING")
+        + (f", KVPACK_DATA={found['data']}" if found["data"] else ""),
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .results import Divergence
+
 
 class MeasureError(RuntimeError):
     """Base class: a measurement could not be made, and no number was produced."""
@@ -32,4 +37,12 @@ class WorkerDiedError(MeasureError):
 
 
 class IncompleteSweepError(MeasureError):
-    """Some rows of a sweep could not be measured; the others are kept."""
+    """Some rows of a sweep could not be measured; the others are kept.
+
+    rows: those that were measured or taken over, in the order of the caches. failed: what stood in the way of each of
+    the others, by its label and window.
+    """
+
+    def __init__(self, message: str, rows: list[Divergence], failed: dict[str, Exception]) -> None:
+        super().__init__(message)
+        self.rows, self.failed = rows, failed

@@ -176,6 +176,8 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", *, say: Say = quiet)
     Raises ModelUnavailableError where the model cannot be had (offline, unknown, missing package).
     """
     want = torch_dtype(dtype)
+    with needed("kvpack.eval.load_model", "hf"):
+        import kvpack.hf.compat  # noqa: F401, it refuses a transformers that is too old
     if name == RANDOM:
         return random_model(dtype)
     label = name
@@ -191,8 +193,8 @@ def load_model(name: str = DEFAULT, dtype: str = "float32", *, say: Say = quiet)
         path = path.parent
     source = str(path) if local else name
     say(f"loading {label}")
-    with needed("kvpack.eval.load_model", "hf"):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=want, local_files_only=local, **extra)

@@ -90,9 +90,12 @@ class _Actor:
         import torch
 
         torch.set_num_threads(threads)
-        self._work = make()
+        self._make = make
+        self._work: Work | None = None
 
     def do(self, task: Any) -> Any:
+        if self._work is None:  # not in __init__, whose error would be that of a worker that died
+            self._work = self._make()
         return self._work(task)
 
 

@@ -158,7 +158,9 @@ def sweep(
         for key, spec in left.items():
             finished(key, measure(spec))
     elif left:
-        _side_by_side(farm, measuring, left, finished, progress, path)
+        failed = _side_by_side(farm, measuring, left, finished, progress)
+        if failed:
+            raise _incomplete(failed, len(left), [rows[key] for key in keys if key in rows], path)
     return [rows[key] for key in keys]
 
 
@@ -168,8 +170,8 @@ def _side_by_side(
     left: dict[str, CacheSpec],
     finished: Callable[[str, Divergence], None],
     progress: Progress,
-    path: str | Path | None,
-) -> None:
+) -> dict[str, Exception]:
+    """Measures what is left; returns what stood in the way of rows that failed, by label and window."""
     keys, specs = list(left), list(left.values())
     what = f"sweep on {min(farm.workers, len(specs))} workers"
     done = 0
@@ -182,13 +184,21 @@ def _side_by_side(
 
     progress(what, 0, len(specs))
     failed = farms.run(farm, measuring, specs, on_result)
-    if failed:
-        index = min(failed)
-        raise IncompleteSweepError(
-            f"{len(failed)} of {len(specs)} rows were not measured; the first, {specs[index].label} with window "
-            f"{specs[index].window}: {failed[index]}."
-            + (f" The others are in {path}: run the sweep again to try these once more" if path is not None else "")
-        ) from failed[index]
+    return {f"{specs[i].label} with window {specs[i].window}": failed[i] for i in sorted(failed)}
+
+
+def _incomplete(
+    failed: dict[str, Exception], left: int, rows: list[Divergence], path: str | Path | None
+) -> IncompleteSweepError:
+    """Rows that failed alike are named together."""
+    alike: dict[str, list[str]] = {}
+    for label, error in failed.items():
+        alike.setdefault(str(error) or type(error).__name__, []).append(label)
+    said = "; ".join(f"{', '.join(labels)}: {error}" for error, labels in alike.items())
+    kept = "in this error's `rows`" if path is None else f"in {path}: run the sweep again to try these once more"
+    return IncompleteSweepError(
+        f"{len(failed)} of {left} rows were not measured. {said}. The others are {kept}", rows, failed
+    )
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

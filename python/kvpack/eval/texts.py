@@ -63,17 +63,10 @@ def _topics() -> Text:
     return Text(f"pydoc_data.topics of Python {version}", documents)
 
 
-def data_dirs() -> list[Path]:
-    """Where corpora are looked for: $KVPACK_DATA, then ../shared/data of every checkout around this file or
-    the working directory.
-    """
-    found = [Path(os.environ["KVPACK_DATA"]).expanduser()] if os.environ.get("KVPACK_DATA") else []
-    for start in (Path.cwd(), Path(__file__).resolve().parent):
-        for root in (start, *start.parents):
-            if (root / "pyproject.toml").is_file():
-                found.append(root.parent / "shared" / "data")
-                break
-    return found
+def data_dir() -> Path | None:
+    """Where corpora are looked for: $KVPACK_DATA."""
+    named = os.environ.get("KVPACK_DATA")
+    return Path(named).expanduser() if named else None
 
 
 def load_text(name: str = DEFAULT_TEXT) -> Text:
@@ -85,10 +78,9 @@ def load_text(name: str = DEFAULT_TEXT) -> Text:
     if name == DEFAULT_TEXT:
         return _topics()
     if name in _CORPORA:
-        for directory in data_dirs():
-            path = directory / _CORPORA[name]
-            if path.is_file():
-                return Text(name, _articles(path.read_text(encoding="utf-8")))
+        directory = data_dir()
+        if directory is not None and (directory / _CORPORA[name]).is_file():
+            return Text(name, _articles((directory / _CORPORA[name]).read_text(encoding="utf-8")))
         raise TextUnavailableError(
             f"{name} is not here: put it at $KVPACK_DATA/{_CORPORA[name]}, or use {DEFAULT_TEXT!r} or a file"
         )

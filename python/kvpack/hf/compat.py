@@ -8,16 +8,11 @@ from typing import Any
 import transformers
 from transformers import cache_utils
 
-from kvpack._extras import MissingExtraError
+from kvpack._extras import MissingExtraError, too_old
 
-OLDEST = (5, 16)  # before it, transformers' own caches fail some of our tests: assisted generation, tp_plan
-
-if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
-    raise MissingExtraError(
-        f"kvpack.Cache needs transformers {'.'.join(map(str, OLDEST))} or newer, and {transformers.__version__} is "
-        "installed: pip install --upgrade 'kvpack[hf]'",
-        name="transformers",
-    )
+_trouble = too_old(transformers.__version__)
+if _trouble is not None:
+    raise MissingExtraError(_trouble, name="transformers")
 
 
 def cache_layers(config: Any) -> list[tuple[str, dict[str, Any], Any]]:
