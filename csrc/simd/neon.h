@@ -91,22 +91,22 @@ struct Neon {
   static F prob_bound(F v) {
     return v;
   }
+  // The first two bytes of every dword, then the last two: products within either half add up in pairs to dwords. Of
+  // level bytes once for all rows, of an operand once for all vectors in flight.
+  static uint8x16_t halves(uint8x16_t v) {
+    const uint16x8_t pairs = vreinterpretq_u16_u8(v);
+    return vreinterpretq_u8_u16(vuzp1q_u16(pairs, vrev32q_u16(pairs)));
+  }
   template <kvpack::Side S>
   static I dot(I acc, Code code, const int32_t* operand) {
     if constexpr (S == kvpack::Side::key) {
       const int8x16_t w = vreinterpretq_s8_s32(vdupq_n_s32(*operand));
       const int16x8_t low = vmull_s8(vget_low_s8(code), vget_low_s8(w)), high = vmull_high_s8(code, w);
       return vpadalq_s16(acc, vpaddq_s16(low, high));
-    } else {  // the first two bytes of every dword, then the last two; those of `code` serve all rows
-      uint16_t w[2];
-      __builtin_memcpy(w, operand, sizeof w);
-      const uint32x4_t dwords = vreinterpretq_u32_s8(code);
-      const uint16x4_t first = vmovn_u32(dwords), last = vshrn_n_u32(dwords, 16);
-      const auto product = [](uint16x4_t levels, uint16_t probs) {
-        return vmull_u8(vreinterpret_u8_u16(levels), vreinterpret_u8_u16(vdup_n_u16(probs)));
-      };
-      const uint32x4_t sum = vpadalq_u16(vreinterpretq_u32_s32(acc), product(first, w[0]));
-      return vreinterpretq_s32_u32(vpadalq_u16(sum, product(last, w[1])));
+    } else {
+      const uint8x16_t levels = halves(bytes(vreinterpretq_s32_s8(code))), w = halves(bytes(vdupq_n_s32(*operand)));
+      const uint16x8_t first = vmull_u8(vget_low_u8(levels), vget_low_u8(w)), last = vmull_high_u8(levels, w);
+      return vreinterpretq_s32_u32(vpadalq_u16(vpadalq_u16(vreinterpretq_u32_s32(acc), first), last));
     }
   }
 

@@ -98,3 +98,20 @@ TEST(accuracy_of_every_codec) {
       check_rows(problem, {"spikes"});
     }
 }
+
+TEST(largest_sums) {
+  // Every token has the same probability, and vectors are nearly the same: all products have the largest sizes.
+  for (const CodecInfo& info : codecs())
+    for (const Precision precision : {Precision::standard, Precision::high}) {
+      if (info.bits == 0) continue;
+      Case c;
+      c.batch = 1;
+      c.sinks = c.exact = 0;
+      c.causal = false;
+      c.key_codec = c.value_codec = inputs::default_code(info);
+      c.gain = 0.0F;
+      c.common = 8.0F;
+      c.precision = precision;
+      check_case(c, precision == Precision::high ? 2e-5 : 2e-3);
+    }
+}
