@@ -1,6 +1,6 @@
 """The speed of attention over packed tokens: every codec against torch and our own exact kernel; writes docs/speed.md.
 
-    python benchmarks/attend.py                       a quarter of an hour
+    python benchmarks/attend.py --levels avx512_vbmi,avx2   a quarter of an hour
     python benchmarks/attend.py --contexts 16384 --dims 128 --threads 1 --codecs exact,tq4,tcq3 --doc ""
     python benchmarks/attend.py --queries 2,16,128,512 --contexts 4096,16384 --threads 1 --rounds 5
 
@@ -78,6 +78,7 @@ def main() -> None:
     add("--contexts", default="256,4096,16384,65536")
     add("--dims", default="128,64")
     add("--threads", default="1,2")
+    add("--levels", default="", help="ISA levels; of those after the first, one table each [default: the active one]")
     add("--dtype", default="bfloat16", help="of torch's keys and values, of `exact` and of the query")
     add("--kv-heads", type=int, default=8)
     add("--group", type=int, default=4, help="query heads of a KV head")
@@ -99,18 +100,23 @@ def main() -> None:
     contexts, dims, threads = (
         [int(x) for x in text.split(",")] for text in (options.contexts, options.dims, options.threads)
     )
-    parts = [f"{processor()}, ISA {isa.active()}, torch {torch.__version__}, {options.dtype}, {options.rounds} rounds."]
-    for count in threads:
+    levels = options.levels.split(",") if options.levels else [isa.active()]
+    parts = [f"{processor()}, ISA {levels[0]}, torch {torch.__version__}, {options.dtype}, {options.rounds} rounds."]
+    runs = [(levels[0], count, dims, contexts if count == threads[0] else contexts[-2:]) for count in threads]
+    runs += [(level, threads[0], dims[:1], contexts[-2:][:1]) for level in levels[1:]]
+    for level, count, sizes, lengths in runs:
+        isa.use(level)
         torch.set_num_threads(count)
         memory = bandwidth()
-        lengths = contexts if count == threads[0] else contexts[-2:]
-        for dim, context, query in itertools.product(dims, lengths, queries):
+        for dim, context, query in itertools.product(sizes, lengths, queries):
             heads = (options.kv_heads, options.group)
             shape = BenchShape(context, *heads, dim, options.batch, options.dtype, query)
             rows = bench_attend(codecs, shape, rounds=options.rounds)
             head = f"**{context} tokens, d = {dim}, threads: {count}**, bandwidth {memory / 1e9:.1f} GB/s"
             if (*heads, options.batch) != (8, 4, 1):
                 head += f", {heads[0]} KV heads with {heads[1]} query heads each, batch {options.batch}"
+            if level != levels[0]:
+                head += f", ISA {level}"
             if query > 1:
                 head = f"**{query} query tokens over** {head}"
             parts.append(f"{head}\n\n{table(rows, memory)}")
