@@ -77,19 +77,19 @@ void check_rows(Problem& problem, const std::vector<std::string>& kinds) {
 }  // namespace
 
 TEST(accuracy_of_every_codec) {
+  // Errors are relative to outputs, and hardly depend on the number of tokens.
+  const bool few = check::slow() || isa_active() == "scalar";
   for (const CodecInfo& info : codecs())
     for (const int64_t d : {128, 64}) {
-      if (info.bits == 0 || (check::slow() && d != (info.id % 2 != 0 ? 128 : 64))) continue;
+      if (info.bits == 0 || (few && d != (info.id % 4 == 0 ? 128 : 64))) continue;
       Case c;
-      c.batch = 1;
+      c.batch = c.kv_heads = 1;
       c.sinks = c.exact = 0;
       c.causal = false;
       c.key_dim = c.value_dim = d;
       c.key_codec = c.value_codec = inputs::default_code(info);
-      c.query_heads = check::slow() ? 4 : 8;
-      c.kv_heads = check::slow() ? 1 : 2;
-      c.query_tokens = 4 * static_cast<int64_t>(std::size(kSigmas));
-      c.counts.assign(check::slow() ? 5 : 24, kTile);
+      c.query_tokens = (few ? 4 : 8) * static_cast<int64_t>(std::size(kSigmas));
+      c.counts.assign(few ? 5 : 12, kTile);
       const check::Context context(describe(c));
       Problem problem(c);
       spread(problem);
@@ -105,9 +105,10 @@ TEST(largest_sums) {
     for (const Precision precision : {Precision::standard, Precision::high}) {
       if (info.bits == 0) continue;
       Case c;
-      c.batch = 1;
+      c.batch = c.kv_heads = 1;
       c.sinks = c.exact = 0;
       c.causal = false;
+      c.counts = {kTile};
       c.key_codec = c.value_codec = inputs::default_code(info);
       c.gain = 0.0F;
       c.common = 8.0F;
