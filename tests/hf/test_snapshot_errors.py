@@ -272,6 +272,35 @@ def test_metadata_of_another_kvpack(snapshot: Path, tmp_path: Path, metadata: di
         load(tmp_path / "a")
 
 
+NONSENSE = (None, -1, 2**40, 2**70, float("inf"), "x", [], [[1, 2, 3]], {"a": 1})
+
+
+def test_nonsense_with_right_checksums(snapshot: Path, tmp_path: Path) -> None:
+    """Whatever stands in the metadata: a snapshot error, or a cache of the right length where it does not matter."""
+    first, second = layers_of(snapshot)
+    with Reader(snapshot) as reader:
+        names = list(reader.metadata)
+    trials = [{name: value} for name in names for value in NONSENSE]
+    trials += [{"layers": [first, {**second, name: value}]} for name in second for value in NONSENSE]
+    refused = 0
+    for metadata in trials:
+        changed(snapshot, tmp_path / "a", metadata)
+        try:
+            assert load(tmp_path / "a").get_seq_length() == 200, metadata
+        except SnapshotError:
+            refused += 1
+    assert refused > len(trials) // 2
+    with Reader(snapshot) as reader:
+        container.write(
+            tmp_path / "deep",
+            {name: x for name, x in reader.read(list(reader.entries)).items()},
+            {**reader.metadata, "model": "[" * 100_000 + "]" * 100_000},
+        )
+    for read in (load, kvpack.Cache.inspect):
+        with pytest.raises(SnapshotError, match="no snapshot of kvpack"):
+            read(tmp_path / "deep")
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [

@@ -111,6 +111,19 @@ def _token_ids(ids: Tensor, rows: int, length: int) -> Tensor:
     return ids.to(torch.int64)
 
 
+# What metadata that mean nothing lead to, in a file whose checksums are right.
+_NONSENSE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 def load(kind: type[Cache], path: str | os.PathLike[str], config: Any, model: Any, mapped: bool) -> Cache:
     """`Cache.load`."""
     with Reader(path) as reader:
@@ -122,7 +135,7 @@ def load(kind: type[Cache], path: str | os.PathLike[str], config: Any, model: An
             cache = kind(config, policy=policy, encoder_decoder=encoder_decoder, **metadata["options"])
             if len(metadata["layers"]) != len(cache.layers):
                 raise ValueError(f"it has {len(metadata['layers'])} layers, the model {len(cache.layers)}")
-        except (KeyError, TypeError, ValueError) as error:
+        except _NONSENSE as error:
             raise reader.error(f"cannot be read by this version of kvpack ({__version__}): {error}") from error
         tensors = reader.read([name for name in reader.entries if name != TOKEN_IDS], mapped)
         try:
@@ -132,7 +145,7 @@ def load(kind: type[Cache], path: str | os.PathLike[str], config: Any, model: An
                         _restore(layer, state, f"layers.{index}", tensors, mapped)
                     else:
                         stock_state.restore(layer, state, f"layers.{index}", tensors)
-        except (KeyError, TypeError, ValueError) as error:
+        except _NONSENSE as error:
             raise reader.error(f"is not consistent: layer {index}: {error!r}") from error
     return cache
 
@@ -154,7 +167,7 @@ def inspect(path: str | os.PathLike[str]) -> SnapshotInfo:
                 weights=metadata["weights"] is not None,
                 token_ids=ids,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except _NONSENSE as error:
             raise reader.error(f"cannot be read by this version of kvpack ({__version__}): {error}") from error
 
 
@@ -164,8 +177,9 @@ def _metadata(reader: Reader) -> dict[str, Any]:
         raise reader.error("is no snapshot of kvpack")
     try:
         metadata = {name: json.loads(text) for name, text in reader.metadata.items()}
-    except (TypeError, ValueError) as error:
-        raise reader.error("is no snapshot of kvpack: its metadata are no JSON") from error
+        metadata["model"] = dict(metadata["model"])
+    except _NONSENSE as error:
+        raise reader.error("is no snapshot of kvpack: its metadata are no JSON, or not those of one") from error
     for name, what, ours in (
         ("kvpack_snapshot", "a snapshot", VERSION),
         ("packed_format", "in packed format", FORMAT_VERSION),
@@ -243,6 +257,9 @@ def _restore(layer: PackedLayer, state: Mapping[str, Any], name: str, tensors: M
         return
     _, key_dim, _, value_dim, heads = state["layout"]
     dtype, batch, dims = getattr(torch, state["dtype"]), state["batch"], (key_dim, value_dim)
+    told = [tensors.get(f"{name}.{field}") for field in ("pending.keys", "sinks.keys", "window.keys", "table")]
+    rows = {tensor.shape[0] for tensor in told if tensor is not None}
+    _expect("rows", rows or {batch}, {batch})  # before anything is made for so many
     empty = [torch.empty((batch, heads, 0, dim), dtype=dtype) for dim in dims]
     layer.begin(empty[KEY], empty[VALUE])
     _expect("layout", layer.layout, state["layout"])
