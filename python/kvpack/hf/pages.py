@@ -7,6 +7,8 @@ Pages are shared without reference counts. A page knows how many of its slots we
 and a table may write slot s of its last page in place only while `filled == s`. Otherwise another owner has
 been there, or the slot held tokens that a crop removed: the table then takes a copy of the slots it uses.
 Slots that were written once are never written again, so whoever shares a page keeps reading what it read.
+The mean and the map of a row are frozen by its first tile that is not all padding; until then, too, a table takes a
+copy: in place, it would freeze them for the others.
 A page that is not to be written at all, such as one of a file's memory map, counts as filled.
 
 Offloading takes the pages of a table to host memory (`evict`) and back (`fetch`). It makes new pages, so that other
@@ -153,7 +155,9 @@ class PageTable:
         numbers = []
         for row in self.rows:
             del row[kept:]
-            if slot and row[first_page].filled != slot:
+        before = [list(row) for row in self.rows]
+        for row in self.rows:
+            if slot and not self._may_write(row[first_page], slot):
                 row[first_page] = self._copy(row[first_page], slot)
             while len(row) < last_page:
                 row.append(self._new(size, keys.device))
@@ -168,8 +172,8 @@ class PageTable:
         try:
             ops.encode_pages(own, keys, values, self.tiles, self.layout)
         except Exception:
-            for row in self.rows:
-                del row[kept:]
+            self.rows = before
+            self._refresh(own)
             raise
         self.tiles = end
         self.tokens += tiles * TILE
@@ -206,6 +210,10 @@ class PageTable:
         data = torch.empty(size, dtype=torch.uint8, device=device)
         data.view(self.layout[4], -1)[:, PAGE_TILES * ops.record_bytes(self.layout) :] = 0
         return Page(data)
+
+    def _may_write(self, page: Page, slot: int) -> bool:
+        """Whether a table that uses the slots before this one may write it in place."""
+        return page.filled == slot and _pages.frozen(page.data, _tables.parse_layout(self.layout))
 
     def _copy(self, page: Page, slots: int) -> Page:
         used, records = slots * ops.record_bytes(self.layout), PAGE_TILES * ops.record_bytes(self.layout)
