@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 import kvpack
+from kvpack.hf.pages import PageTable
 
 from ..families.families import model, packed
 from . import helpers as h
@@ -84,6 +87,28 @@ def test_a_crop_leaves_the_others() -> None:
     assert second.get_seq_length() == 0
     del cache  # pages live as long as anyone holds them
     assert first.packed_layers[0].keys.shape[2] == 900
+
+
+def test_forks_go_on_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All begin in the page that they share, at the same time: one writes it, the others copy."""
+    make = PageTable._new
+
+    def slow(self: PageTable, *args: Any) -> Any:
+        time.sleep(0.02)
+        return make(self, *args)
+
+    monkeypatch.setattr(PageTable, "_new", slow)
+    cache = h.packed(h.small(), key="tq4", window=0, sinks=0)
+    text, *more = (torch.randn(1, 2, 64 * 6, 64, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    cache.update(text, text, 0)
+    forks = cache.fork(3)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda fork, new: fork.update(new, new, 0), forks, more))
+    for fork, new in zip(forks, more, strict=True):
+        alone = h.packed(h.small(), key="tq4", window=0, sinks=0)
+        for tokens in (text, new):
+            alone.update(tokens, tokens, 0)
+        assert used_bytes(fork.packed_layers[0]) == used_bytes(alone.packed_layers[0])
 
 
 @pytest.mark.parametrize("name", ["gemma3", "lfm2"])

@@ -96,6 +96,35 @@ def test_copies_keep_their_means(codec: str) -> None:
     assert (forks[1].keys[:, :, -64:] - again).norm() < (again - offset).norm()
 
 
+@pytest.mark.parametrize("codec", ["tq4:center=mean", "tq2.5", "tcq3.5:center=mean"])
+def test_a_row_of_padding_freezes_no_mean_of_others(codec: str) -> None:
+    """Where all tiles so far are padding, means and maps are not known yet: each fork makes its own."""
+    torch.manual_seed(0)
+    layer = make(0, 4, codec)
+    layer.set_padding(torch.tensor([140, 0]))
+    first = torch.randn(2, 2, 152, 64)  # sinks, and two tiles of padding in the first row
+    layer.update(first, first)
+    kept = layer.keys.clone(), layer.values.clone()
+    forks = [layer, *(copy.deepcopy(layer) for _ in range(2))]
+    bad = torch.randn(2, 2, 2 * 64, 64)
+    bad[:, :, 100] = torch.nan  # a call that fails freezes nothing, either
+    with pytest.raises(ValueError, match="allowed are finite values"):
+        forks[1].update(bad, bad)
+    for fork in forks:
+        assert torch.equal(fork.keys, kept[0])
+        assert torch.equal(fork.values, kept[1])
+    for seed, fork in enumerate(forks):
+        alone = make(0, 4, codec)
+        alone.set_padding(torch.tensor([140, 0]))
+        alone.update(first, first)
+        for _ in range(2):
+            new = (seed - 1) * 10 + torch.randn(2, 2, 64, 64)
+            fork.update(new, new)
+            alone.update(new, new)
+        assert torch.equal(fork.keys, alone.keys)
+        assert torch.equal(fork.values, alone.values)
+
+
 def test_a_crop_of_one_fork_leaves_the_other_as_it_is() -> None:
     layer = make(0, 2, "tq3")
     fill(layer, 500)

@@ -7,6 +7,9 @@ Pages are shared without reference counts. A page knows how many of its slots we
 and a table may write slot s of its last page in place only while `filled == s`. Otherwise another owner has
 been there, or the slot held tokens that a crop removed: the table then takes a copy of the slots it uses.
 Slots that were written once are never written again, so whoever shares a page keeps reading what it read.
+The mean and the map of a row are frozen by its first tile that is not all padding; until then, too, a table takes a
+copy: in place, it would freeze them for the others.
+Forks may go on in threads of their own, so to look at `filled` and to raise it is one step, under a lock.
 A page that is not to be written at all, such as one of a file's memory map, counts as filled.
 
 Offloading takes the pages of a table to host memory (`evict`) and back (`fetch`). It makes new pages, so that other
@@ -16,6 +19,7 @@ again costs no copy.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,6 +31,7 @@ from kvpack import ops
 from kvpack.ops import PAGE_TILES, TILE, _pages, _tables
 
 _FIRST_PAGES = 4  # pages a fresh table has room for
+_CLAIM = threading.Lock()  # held to take slots of pages, which other tables may hold
 
 
 def normal_mode() -> AbstractContextManager[None]:
@@ -150,16 +155,18 @@ class PageTable:
         last_page = -(-end // PAGE_TILES)
         kept = first_page + (slot > 0)
         size = ops.page_bytes(self.layout)
-        numbers = []
         for row in self.rows:
             del row[kept:]
-            if slot and row[first_page].filled != slot:
-                row[first_page] = self._copy(row[first_page], slot)
-            while len(row) < last_page:
-                row.append(self._new(size, keys.device))
-            for p in range(first_page, last_page):  # at once: the next row may hold the same page
-                row[p].filled = min(PAGE_TILES, end - p * PAGE_TILES)
-            numbers.append([page.data.data_ptr() for page in row[first_page:last_page]])
+        before = [list(row) for row in self.rows]
+        with _CLAIM:
+            for row in self.rows:
+                if slot and not self._may_write(row[first_page], slot):
+                    row[first_page] = self._copy(row[first_page], slot)
+                while len(row) < last_page:
+                    row.append(self._new(size, keys.device))
+                for p in range(first_page, last_page):  # at once: the next row may hold the same page
+                    row[p].filled = min(PAGE_TILES, end - p * PAGE_TILES)
+        numbers = [[page.data.data_ptr() for page in row[first_page:last_page]] for row in self.rows]
         own = addresses if self.addresses is None else self._with_room(last_page)
         for table in (own, addresses):  # the same; a graph's may be the older, smaller one
             fits = min(last_page, table.shape[1])
@@ -168,8 +175,8 @@ class PageTable:
         try:
             ops.encode_pages(own, keys, values, self.tiles, self.layout)
         except Exception:
-            for row in self.rows:
-                del row[kept:]
+            self.rows = before
+            self._refresh(own)
             raise
         self.tiles = end
         self.tokens += tiles * TILE
@@ -206,6 +213,10 @@ class PageTable:
         data = torch.empty(size, dtype=torch.uint8, device=device)
         data.view(self.layout[4], -1)[:, PAGE_TILES * ops.record_bytes(self.layout) :] = 0
         return Page(data)
+
+    def _may_write(self, page: Page, slot: int) -> bool:
+        """Whether a table that uses the slots before this one may write it in place."""
+        return page.filled == slot and _pages.frozen(page.data, _tables.parse_layout(self.layout))
 
     def _copy(self, page: Page, slots: int) -> Page:
         used, records = slots * ops.record_bytes(self.layout), PAGE_TILES * ops.record_bytes(self.layout)

@@ -116,6 +116,17 @@ def blank(page: Tensor, slots: int, layout: Layout) -> None:
                 heads[:, records + part.start + slots * size : records + part.stop] = 0
 
 
+def frozen(page: Tensor, layout: Layout) -> bool:
+    """Whether a page uint8 [page_bytes] has all the means and maps of its row: later tiles change none of them."""
+    means = page.view(layout.kv_heads, layout.head)[:, PAGE_TILES * layout.record :]
+    for side, sizes in enumerate(layout.sections):
+        _, scales, maps = _mean_parts(side, layout)
+        parts = ((scales, sizes.mean_count == 1), (maps, sizes.map > 0))
+        if not all(bool(means[:, part].any(dim=1).all()) for part, there in parts if there):
+            return False
+    return True
+
+
 def write_tiles(table: Tensor, tokens: tuple[Tensor, Tensor], first_tile: int, layout: Layout) -> None:
     """Encode keys and values [B, kv_heads, 64 * tiles, d] as the tiles from ``first_tile`` on.
 
