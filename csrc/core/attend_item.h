@@ -27,6 +27,7 @@ struct Block {
   const KernelTable& k;
   Queries q;
   int64_t batch, head, first_row, n_rows;
+  size_t head_offset;  // of a page
 
   Block(const Plan& pl, const KernelTable& table, uint8_t* workspace, int64_t block)
       : plan(pl), p(pl.p), k(table), q(pl, workspace, block) {
@@ -34,6 +35,7 @@ struct Block {
     head = block / plan.row_blocks % p.kv_heads;
     batch = block / plan.row_blocks / p.kv_heads;
     n_rows = plan.rows - first_row < plan.block_rows ? plan.rows - first_row : plan.block_rows;
+    head_offset = static_cast<size_t>(head) * plan.record.head_bytes();
   }
 
   int64_t query_head(int64_t row) const { return head * plan.group + (first_row + row) / p.query_tokens; }
@@ -47,7 +49,7 @@ struct Block {
   // This KV head's part of the page of tile t.
   const uint8_t* part(int64_t t) const {
     const auto page = static_cast<uintptr_t>(p.table[batch * p.table_stride + t / kPageTiles]);
-    return reinterpret_cast<const uint8_t*>(page) + static_cast<size_t>(head) * plan.record.head_bytes();
+    return reinterpret_cast<const uint8_t*>(page) + head_offset;
   }
 
   void prepare() const {
@@ -75,7 +77,10 @@ struct Item : Block {
   Partial s;
   CodecCode key_code, value_code;
   MaskRows mask;
+  // Of a record, known before the walk: the compiler cannot tell that kernels do not change the plan.
+  size_t record_bytes, key_codes, value_scales, value_codes;
   int32_t scale_lines;
+  bool masked;                // some score may be hidden, beside those past the end of a tile
   float negligible, notable;  // shares of a row's probability: a tile's, a token's
   int64_t met = 0, unread = 0;
 
@@ -85,19 +90,24 @@ struct Item : Block {
         key_code(CodecCode::unpack(p.key_codec)),
         value_code(CodecCode::unpack(p.value_codec)),
         mask(pl.p, pl.packed),
-        scale_lines(static_cast<int32_t>(pl.record.key_codes() / kLine)),
+        record_bytes(pl.record.bytes()),
+        key_codes(pl.record.key_codes()),
+        value_scales(pl.record.value_scales()),
+        value_codes(pl.record.value_codes()),
+        scale_lines(static_cast<int32_t>(key_codes / kLine)),
+        masked(mask.any(batch)),
         negligible(p.tiles == 0 ? 0.0F : p.sparse_values / static_cast<float>(p.tiles)),
         notable(pl.key.bits == 0 || pl.key.elements ? 0.0F : kNotable) {}
 
   // Nothing attended to yet; `other` has seen tokens before.
   void begin(const Partial* other) const {
     for (int64_t r = 0; r < n_rows; ++r)
-      s.state[r] = other == nullptr ? SoftmaxRow{-std::numeric_limits<float>::infinity(), 0.0F, 0.0F}
-                                    : SoftmaxRow{other->state[r].max, 0.0F, other->state[r].sum};
+      s.state[r] = other == nullptr ? SoftmaxRow{-std::numeric_limits<float>::infinity(), 0.0F, 0.0F, 0.0F}
+                                    : SoftmaxRow{other->state[r].max, 0.0F, other->state[r].sum, 0.0F};
     std::memset(s.out, 0, static_cast<size_t>(n_rows) * static_cast<size_t>(plan.out_width) * 4);
   }
 
-  const uint8_t* tile(int64_t t) const { return part(t) + static_cast<size_t>(t % kPageTiles) * plan.record.bytes(); }
+  const uint8_t* tile(int64_t t) const { return part(t) + static_cast<size_t>(t % kPageTiles) * record_bytes; }
   static ConstTileSide section_of(const ConstTileSide& side, const CodePart& part) {
     return {side.codes + part.codes, side.scales + part.scales};
   }
@@ -120,6 +130,7 @@ struct Item : Block {
             dim,
             nullptr,
             nullptr,
+            nullptr,
             nullptr};
   }
 
@@ -135,6 +146,7 @@ struct Item : Block {
   // Soft cap and mask of scores. The rest of the 64 is not real.
   void hide(float* scores, int64_t row, int32_t group, const KeyRun& run) const {
     if (p.softcap > 0.0F) k.softcap(scores, group * kTile, p.softcap);
+    if (!masked && run.tokens == kTile && run.kind != KeyRun::Kind::exact) return;
     for (int32_t g = 0; g < group; ++g)
       mask.apply(scores + g * kTile, batch, query_head(row + g), query_token(row + g), run);
   }
@@ -142,8 +154,8 @@ struct Item : Block {
   // Scores of a group of rows against a tile, from levels first.. of the query; with `add`, added to those there are.
   void score(const Run& run, int64_t row, int32_t group, int32_t first, int32_t end, bool add, float* scores) const {
     const auto dk = static_cast<int32_t>(p.key_dim);
-    const ConstTileSide key = side(run.record, plan.record.key_codes(), plan.record.key_scales());
-    const uint8_t* ahead = run.ahead + plan.record.key_codes();
+    const ConstTileSide key = side(run.record, key_codes, 0);
+    const uint8_t* ahead = run.ahead + key_codes;
     if (plan.key.bits == 0)
       k.exact_score[static_cast<int>(key_code.dtype)][group - 1](
           {nullptr, q.query + row * dk, key, ahead, scores, dk, first, end, add});
@@ -155,15 +167,20 @@ struct Item : Block {
       }
   }
 
-  // The same with means, soft cap and mask.
-  void score(const Run& run, int64_t row, int32_t group, int32_t levels, float* scores) const {
+  // The same with soft cap and mask. Leaves in `bias` what is to be added to all scores of a row; a soft cap has it
+  // added before.
+  void score(const Run& run, int64_t row, int32_t group, int32_t levels, float* scores, float* bias) const {
     score(run, row, group, 0, levels, false, scores);
     if (plan.key_mean) {
       const auto dk = static_cast<int32_t>(p.key_dim);
       MeanArgs centre = mean(Side::key, run.t, dk, group);
       centre.query = q.rotated + row * dk;
-      centre.scores = scores;
+      centre.bias = bias;
       k.score_mean(centre);
+      for (int32_t g = 0; p.softcap > 0.0F && g < group; ++g) {
+        for (int32_t t = 0; t < kTile; ++t) scores[g * kTile + t] += bias[g];
+        bias[g] = 0.0F;
+      }
     }
     hide(scores, row, group, {run.start, p.counts[run.t], KeyRun::Kind::stream});
   }
@@ -173,13 +190,14 @@ struct Item : Block {
   void refine(const Run& run, int64_t row, int32_t group, uint32_t rows, float* scores) const {
     const bool together = (rows & (rows - 1)) != 0;
     alignas(64) float before[kMaxGroup * kTile];
+    float bias[kMaxGroup];
     if (together) std::memcpy(before, scores, static_cast<size_t>(group) * kTile * sizeof(float));
     for (int32_t g = 0; g < (together ? 1 : group); ++g) {
       if (!together && (rows >> g & 1) == 0) continue;
       const int32_t n = together ? group : 1;
       // Means, masks and what is hidden stay as they are where another level is added; a soft cap does not.
       if (p.softcap > 0.0F)
-        score(run, row + g, n, plan.levels + 1, scores + g * kTile);
+        score(run, row + g, n, plan.levels + 1, scores + g * kTile, bias);
       else
         score(run, row + g, n, plan.levels, plan.levels + 1, true, scores + g * kTile);
     }
@@ -190,8 +208,8 @@ struct Item : Block {
   // Outputs of a group of rows += probabilities x values of a tile.
   void accumulate(const Run& run, int64_t row, int32_t group, float* probs) const {
     const auto dv = static_cast<int32_t>(p.value_dim);
-    const ConstTileSide value = side(run.record, plan.record.value_codes(), plan.record.value_scales());
-    const uint8_t* ahead = run.ahead + plan.record.value_codes();
+    const ConstTileSide value = side(run.record, value_codes, value_scales);
+    const uint8_t* ahead = run.ahead + value_codes;
     float* out = s.out + row * plan.out_width;
     if (plan.value.bits == 0) {
       const ptrdiff_t stride = static_cast<ptrdiff_t>(dv) * dtype_bytes(value_code.dtype);
@@ -205,17 +223,24 @@ struct Item : Block {
                                               static_cast<int32_t>(run.t * 5 % kTile)});
       }
     }
-    if (plan.value_mean) {
-      MeanArgs centre = mean(Side::value, run.t, dv, group);
+  }
+
+  // The mean of the values of tile t, for the probability that is pending.
+  void add_mean(int64_t t) const {
+    for (int64_t row = 0; row < n_rows; row += kMaxGroup) {
+      const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
+      MeanArgs centre = mean(Side::value, t, static_cast<int32_t>(p.value_dim), group);
       centre.stride = plan.out_width;
-      centre.scores = probs;
-      centre.out = out;
+      centre.rows = s.state + row;
+      centre.out = s.out + row * plan.out_width;
       k.accumulate_mean(centre);
     }
   }
 
   void tiles(int64_t begin, int64_t end) {
     alignas(64) float scores[kMaxGroup * kTile];
+    float bias[kMaxGroup] = {};
+    for (int64_t r = 0; r < n_rows; ++r) s.state[r].pending = 0.0F;  // exact tokens have no mean
     int64_t start = 0;
     for (int64_t t = 0; t < begin; ++t) start += p.counts[t];
     for (int64_t t = begin; t < end; ++t) {
@@ -227,10 +252,10 @@ struct Item : Block {
         const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
         // The first group of rows brings the tile from memory, the others find it in the cache.
         const Run run{t, start, record, row == 0 ? coming : record};
-        score(run, row, group, plan.levels, scores);
-        SoftmaxArgs args{scores,         s.state + row, s.out + row * plan.out_width,
-                         run.ahead,      scale_lines,   group,
-                         plan.out_width, negligible,    notable};
+        score(run, row, group, plan.levels, scores, bias);
+        SoftmaxArgs args{scores,     bias,        s.state + row, s.out + row * plan.out_width,
+                         run.ahead,  scale_lines, group,         plan.out_width,
+                         negligible, notable};
         SoftmaxResult found = k.softmax(args);
         if (found.notable != 0) {
           refine(run, row, group, found.notable, scores);
@@ -243,6 +268,8 @@ struct Item : Block {
         else
           accumulate(run, row, group, scores);
       }
+      if (plan.value_mean && (t + 1 == end || plan.record.value.mean_of(t) != plan.record.value.mean_of(t + 1)))
+        add_mean(t);
       start += p.counts[t];
     }
   }
@@ -250,6 +277,7 @@ struct Item : Block {
   // Sinks or exact tokens, blocks of 64 rows of elements.
   void dense(const Strided& keys, const Strided& values, int64_t tokens, int64_t start, KeyRun::Kind kind) {
     alignas(64) float scores[kMaxGroup * kTile];
+    constexpr float bias[kMaxGroup] = {};
     const auto dk = static_cast<int32_t>(p.key_dim), dv = static_cast<int32_t>(p.value_dim);
     const int type = static_cast<int>(p.dtype);
     for (int64_t t = 0; t < tokens; t += kTile) {
@@ -261,7 +289,7 @@ struct Item : Block {
         k.dense_score[type]({key, keys.token, q.query + row * dk, scores, nullptr, nullptr, 0, dk, n, group});
         hide(scores, row, group, {start + t, n, kind});
         float* out = s.out + row * plan.out_width;
-        const SoftmaxArgs args{scores, s.state + row, out, nullptr, 0, group, plan.out_width, 0.0F, 0.0F};
+        const SoftmaxArgs args{scores, bias, s.state + row, out, nullptr, 0, group, plan.out_width, 0.0F, 0.0F};
         if (k.softmax(args).negligible) continue;  // all masked
         out += plan.out_width - dv;
         k.dense_accumulate[type]({value, values.token, nullptr, scores, nullptr, out, plan.out_width, dv, n, group});

@@ -20,6 +20,11 @@ class MaskRows {
  public:
   MaskRows(const AttendParams& params, int64_t packed) : p_(params), packed_(packed) {}
 
+  // Whether a mask or padding hides any of a row's keys.
+  bool any(int64_t batch) const {
+    return p_.mask.kind != Mask::Kind::none || (p_.rows != nullptr && p_.rows[2 * batch] != 0);
+  }
+
   void apply(float* scores, int64_t batch, int64_t head, int64_t token, const KeyRun& run) const {
     const int64_t pad = p_.rows != nullptr ? p_.rows[2 * batch] : 0;
     const int64_t sink_start = p_.rows != nullptr ? p_.rows[2 * batch + 1] : 0;

@@ -61,14 +61,14 @@ template <class S, int Largest, int G, bool High, int Operands>
   constexpr int kBase = S::kProbBase, kPlanes = High ? 2 : 1;
   // Even: the halves of a pair of equal ones are whole.
   constexpr float kSteps = static_cast<float>(High ? 256 * kBase - 2 : 254);
-  alignas(64) float size[kTile];
-  F top[4];
+  constexpr int kVectors = kTile / S::kLanes;
+  F product[G][kVectors], top[4];
   for (int g = 0; g < 4; ++g) top[g] = S::set1(1e-30F);
-  for (int t = 0; t < kTile; t += S::kLanes) {
-    const F scale = S::abs(load_scales<S>(scales + t));
-    S::store(size + t, scale);
+  for (int i = 0; i < kVectors; ++i) {
+    const F scale = S::abs(load_scales<S>(scales + i * S::kLanes));
     unrolled<G>([&](int g) __attribute__((always_inline)) {
-      top[g] = S::max(top[g], S::template prob_bound<Largest>(S::mul(S::load(probs + g * kTile + t), scale)));
+      product[g][i] = S::mul(S::load(probs + g * kTile + i * S::kLanes), scale);
+      top[g] = S::max(top[g], S::template prob_bound<Largest>(product[g][i]));
     });
   }
   float max[4], to_steps[4];
@@ -78,24 +78,26 @@ template <class S, int Largest, int G, bool High, int Operands>
   [[maybe_unused]] F sum[kPlanes][4];
   if constexpr (S::kValueOffset != 0)
     for (int i = 0; i < 4 * kPlanes; ++i) sum[i / 4][i % 4] = S::zero();
-  const auto put = [&](int n, int g, int t, F v) __attribute__((always_inline)) {
-    S::store_operand(operand[n][g], t, v);
-    if constexpr (S::kValueOffset != 0) sum[n][g] = S::add(sum[n][g], S::truncate(v));
+  const auto put = [&](int n, int g, const F(&v)[kVectors]) __attribute__((always_inline)) {
+    S::store_tile(operand[n][g], v);
+    if constexpr (S::kValueOffset != 0)
+      for (int i = 0; i < kVectors; ++i) sum[n][g] = S::add(sum[n][g], S::truncate(v[i]));
   };
-  for (int t = 0; t < kTile; t += S::kLanes) {
-    const F scale = S::load(size + t);
-    unrolled<G>([&](int g) __attribute__((always_inline)) {
-      const F unit = S::mul(scale, S::set1(to_steps[g])), prob = S::load(probs + g * kTile + t);
+  unrolled<G>([&](int g) __attribute__((always_inline)) {
+    const F unit = S::set1(to_steps[g]);
+    F first[kVectors], second[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
       if constexpr (High) {
-        const F whole = S::min(S::round_even(S::mul(prob, unit)), S::set1(kSteps));
-        const F upper = S::truncate(S::mul(whole, S::set1(1.0F / kBase)));
-        put(0, g, t, upper);
-        put(1, g, t, S::fma(upper, S::set1(-static_cast<float>(kBase)), whole));
+        const F whole = S::min(S::round_even(S::mul(product[g][i], unit)), S::set1(kSteps));
+        first[i] = S::truncate(S::mul(whole, S::set1(1.0F / kBase)));
+        second[i] = S::fma(first[i], S::set1(-static_cast<float>(kBase)), whole);
       } else {
-        put(0, g, t, S::fma(prob, unit, S::load(kDither.u + dither + t)));
+        first[i] = S::fma(product[g][i], unit, S::load(kDither.u + dither + i * S::kLanes));
       }
-    });
-  }
+    }
+    put(0, g, first);
+    if constexpr (High) put(1, g, second);
+  });
   if constexpr (S::kValueOffset != 0)
     for (int n = 0; n < kPlanes; ++n) {
       float total[4];
@@ -105,14 +107,17 @@ template <class S, int Largest, int G, bool High, int Operands>
 }
 
 // Probabilities times the middles, zero + step * kMiddle, of 64 tokens.
-template <class S, class Codec>
-float middle_of(const float* probs, const uint16_t* steps, const uint16_t* zeros) {
-  auto sum = S::zero();
+template <class S, class Codec, int G>
+[[gnu::always_inline]] inline void middles_of(const float* probs, const uint16_t* steps, const uint16_t* zeros,
+                                              float (&bias)[4]) {
+  typename S::F sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
   for (int t = 0; t < kvpack::kTile; t += S::kLanes) {
     const auto middle = S::fma(load_scales<S>(steps + t), S::set1(Codec::kMiddle), load_scales<S>(zeros + t));
-    sum = S::fma(S::load(probs + t), middle, sum);
+    unrolled<G>([&](int g) __attribute__((always_inline)) {
+      sum[g] = S::fma(S::load(probs + g * kvpack::kTile + t), middle, sum[g]);
+    });
   }
-  return S::reduce_add(sum);
+  S::reduce_add_4(sum[0], sum[1], sum[2], sum[3], bias);
 }
 
 template <class S, class Codec, int G, bool High>
@@ -120,7 +125,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   using namespace kvpack;
   using I = typename S::I;
   constexpr int kInFlight = vectors_in_flight<S>(G), kPerBlock = 16 / S::kLanes, kPlanes = High ? 2 : 1;
-  constexpr int kOperands = kTile / 4 * S::kOperandDwords;
+  constexpr int kOperands = kTile / 4;
   // Vectors in flight must not straddle scale blocks: they share one operand.
   static_assert(Codec::kScaleBlock == 0 || Codec::kScaleBlock == 32);
   constexpr int kStep = Codec::kScaleBlock == 0 ? kInFlight : (kInFlight * S::kLanes > 32 ? 32 / S::kLanes : kInFlight);
@@ -131,23 +136,18 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   alignas(64) int32_t operand[kPlanes][G][kOperands];
   [[maybe_unused]] int32_t negative[kTile / 4];
   int32_t begin[kPlanes][G] = {};
-  float worth[G] = {}, bias[G] = {};  // bias: what the middles of an asymmetric block add to its dims
+  float worth[G] = {}, bias[4] = {};  // bias: what the middles of an asymmetric block add to its dims
   int ready = -1;
   // `Step` vectors of a superblock, from v0 on.
   const auto step = [&]<int Step>(std::integral_constant<int, Step>, int sb, int v0) __attribute__((always_inline)) {
     const uint8_t* base = a.tile.codes + grid.line(sb, 0, 0);
     const int lane_blocks = grid.lane_blocks(sb), block = blocks == 1 ? 0 : (sb * 64 + v0 * S::kLanes) / 32;
     if (block != ready) {
-      if constexpr (Codec::kSignedScales) sign_bytes(a.tile.scales + block * kTile, negative);
-      quantize_probs<S, largest_level<Codec>(), G, High>(a.probs, a.tile.scales + block * kTile, a.dither, operand,
-                                                         worth, begin);
-      for (int g = 0; g < G; ++g) worth[g] *= static_cast<float>(common_factor<Codec>());
-      if constexpr (Codec::kAsymmetric)
-        for (int g = 0; g < G; ++g) {
-          bias[g] = middle_of<S, Codec>(a.probs + g * kTile, a.tile.scales + block * kTile,
-                                        a.tile.scales + (blocks + block) * kTile);
-          worth[g] *= 0.5F;
-        }
+      const uint16_t* scales = a.tile.scales + block * kTile;
+      if constexpr (Codec::kSignedScales) sign_bytes(scales, negative);
+      quantize_probs<S, largest_level<Codec>(), G, High>(a.probs, scales, a.dither, operand, worth, begin);
+      for (int g = 0; g < G; ++g) worth[g] *= (Codec::kAsymmetric ? 0.5F : 1.0F) * common_factor<Codec>();
+      if constexpr (Codec::kAsymmetric) middles_of<S, Codec, G>(a.probs, scales, scales + blocks * kTile, bias);
       ready = block;
     }
     I acc[kPlanes][G][Step];
@@ -173,7 +173,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
           [&](int v, int j, I levels) __attribute__((always_inline)) {
             if constexpr (Codec::kSignedScales) levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
             const typename S::Code code = S::expand(levels);
-            const int depth = (u * kDwords + j) * S::kOperandDwords;
+            const int depth = u * kDwords + j;
             unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
               const int g = i / kPlanes, n = i % kPlanes;
               acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);

@@ -44,7 +44,6 @@ struct QuantizedResiduals {
 // Row t: x times 127 / top, rounded. top: the largest |x|; zeros where there is none to speak of.
 template <class S>
 [[gnu::always_inline]] inline void quantize_residual(const float* x, float top, int d, int t, QuantizedResiduals& out) {
-  static_assert(S::kOperandDwords == 1);
   const auto inv = S::set1(top < 0x1p-100F ? 0.0F : 127.0F / top);
   auto sum = S::zero();
   for (int i = 0; i < d; i += S::kLanes) {

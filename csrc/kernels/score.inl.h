@@ -22,7 +22,7 @@ template <class S>
     F v = S::mul(S::load(q + i), S::set1(inv));
     for (int n = 0; n < levels; ++n) {
       const F level = S::round_even(v);
-      S::store_operand(row.operand[n] + at / 4 * S::kOperandDwords, i, level);
+      S::store_operand(row.operand[n] + at / 4, i, level);
       sum[n] = S::add(sum[n], level);
       v = S::mul(S::sub(v, level), S::set1(254.0F));
     }
@@ -157,9 +157,8 @@ void score(const kvpack::ScoreArgs& a) {
         };
         const auto meet = [&](int v, int dword, I levels) __attribute__((always_inline)) {
           const typename S::Code code = S::expand(levels);
-          const int operand = dword * S::kOperandDwords;
           unrolled<G>([&](int g) __attribute__((always_inline)) {
-            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, operands + g * kRowDwords + operand);
+            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, operands + g * kRowDwords + dword);
           });
         };
         const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();

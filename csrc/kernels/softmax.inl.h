@@ -51,6 +51,7 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
                     __attribute__((always_inline)) { top[g] = S::max(top[g], S::load(a.scores + g * kTile + t)); });
   float max[4];
   S::reduce_max_4(top[0], top[1], top[2], top[3], max);
+  for (int g = 0; g < G; ++g) max[g] += a.bias[g];
   uint32_t notable = 0;
   for (int g = 0; g < G && a.notable > 0.0F; ++g) {
     const SoftmaxRow& row = a.rows[g];
@@ -68,10 +69,11 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
       for (int i = 0; i < a.out_stride; i += S::kLanes) S::store(out + i, S::mul(S::load(out + i), k));
       row.sum *= shrink;
       row.elsewhere *= shrink;
+      row.pending *= shrink;
       row.max = max[g];
     }
     // Where every token so far is masked, scores are -inf, and so must be what 2^x is taken of.
-    base[g] = S::set1(row.max == -__builtin_inff() ? 0.0F : row.max);
+    base[g] = S::set1(row.max == -__builtin_inff() ? 0.0F : row.max - a.bias[g]);
   }
   for (int t = 0; t < kTile; t += S::kLanes)
     unrolled<G>([&](int g) __attribute__((always_inline)) {
@@ -86,6 +88,7 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
   for (int g = 0; g < G; ++g) {
     SoftmaxRow& row = a.rows[g];
     row.sum += mass[g];
+    row.pending += mass[g];
     negligible = negligible && mass[g] <= a.negligible * (row.sum + row.elsewhere);
   }
   return {negligible, 0};

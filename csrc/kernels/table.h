@@ -14,7 +14,7 @@ constexpr int32_t kMaxGroup = 4;  // query rows that share one unpacking of a ti
 // more.
 constexpr int32_t kQueryLevels = 3;
 struct alignas(64) QueryRow {
-  int32_t operand[kQueryLevels][kMaxHeadDim / 4 * 2];
+  int32_t operand[kQueryLevels][kMaxHeadDim / 4];
   float scale[kQueryLevels][kMaxScaleBlocks];
   int32_t offset[kQueryLevels][kMaxScaleBlocks];  // initial accumulator: undoes the key table's offset
 };
@@ -22,6 +22,7 @@ struct alignas(64) QueryRow {
 struct SoftmaxRow {
   float max, sum;   // running maximum (log2 units) and sum of 2^(score - max)
   float elsewhere;  // such a sum that other work items are known to have
+  float pending;    // such a sum of the tokens that the mean of their values has yet to be added for
 };
 
 struct QuantizeQueryArgs {
@@ -42,7 +43,8 @@ struct ScoreArgs {
 };
 
 struct SoftmaxArgs {
-  float* scores;         // [group][kTile] in: log2 units; out: 2^(score - max)
+  float* scores;         // [group][kTile] in: log2 units; out: 2^(score + bias - max)
+  const float* bias;     // [group]
   SoftmaxRow* rows;      // [group]
   float* out;            // [group][out_stride] accumulated so far, rescaled when a maximum grows
   const uint8_t* ahead;  // prefetched meanwhile
@@ -131,9 +133,10 @@ struct MeanArgs {
   const int8_t* mean;  // [head_dim]
   float scale;
   int32_t head_dim, group, stride;  // floats between the rows of query or out
-  const float* query;               // rotated rows: scores += query . mean
-  float* scores;                    // [group][kTile]; for values, the probabilities
-  float* out;                       // rows += sum of probabilities * mean
+  const float* query;               // rotated rows
+  float* bias;                      // [group] = query . mean
+  SoftmaxRow* rows;                 // [group]
+  float* out;                       // rows += pending * mean, and nothing is pending then
 };
 
 // Kernels that multiply bytes and look levels up. A level that adds instructions for just that to another one has only

@@ -15,7 +15,7 @@ struct Avx2 {
   using F = __m256;
   using Code = __m256i;
   static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbBase = 128, kKeyOffset = 0, kValueOffset = 0,
-                       kOperandDwords = 1, kOpenLines = 1;
+                       kOpenLines = 1;
 
   static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static I splat(int32_t v) { return _mm256_set1_epi32(v); }
@@ -81,6 +81,16 @@ struct Avx2 {
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
+  static void store_tile(int32_t* operand, const F (&v)[8]) {
+    const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int n = 0; n < 2; ++n) {
+      const F* four = v + 4 * n;
+      const I low = _mm256_packs_epi32(_mm256_cvttps_epi32(four[0]), _mm256_cvttps_epi32(four[1]));
+      const I high = _mm256_packs_epi32(_mm256_cvttps_epi32(four[2]), _mm256_cvttps_epi32(four[3]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(operand + 8 * n),
+                          _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+    }
+  }
   template <int Largest>
   static F prob_bound(F v) {
     return 2 * 0xff * Largest <= 0x7fff ? v : _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1));
@@ -94,6 +104,9 @@ struct Avx2 {
   }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load_int8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   template <int Width>
   static F load_repeated(const float* p) {
     if constexpr (Width == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));

@@ -13,7 +13,7 @@ struct Avx512Vnni {
   using F = __m512;
   using Code = __m512i;
   static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 128, kValueOffset = 0,
-                       kOperandDwords = 1, kOpenLines = 16;
+                       kOpenLines = 16;
 
   static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I splat(int32_t v) { return _mm512_set1_epi32(v); }
@@ -80,6 +80,12 @@ struct Avx512Vnni {
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
+  static void store_tile(int32_t* operand, const F (&v)[4]) {
+    const I low = _mm512_packs_epi32(_mm512_cvttps_epi32(v[0]), _mm512_cvttps_epi32(v[1]));
+    const I high = _mm512_packs_epi32(_mm512_cvttps_epi32(v[2]), _mm512_cvttps_epi32(v[3]));
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(operand, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+  }
   template <int>
   static F prob_bound(F v) {
     return v;
@@ -100,6 +106,9 @@ struct Avx512Vnni {
   }
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_int8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   template <int Width>
   static F load_repeated(const float* p) {
     if constexpr (Width == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));

@@ -18,7 +18,7 @@ struct Neon {
   using F = float32x4_t;
   using Code = int8x16_t;
   static constexpr int kLanes = 4, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 0, kValueOffset = 128,
-                       kOperandDwords = 1, kOpenLines = 1;
+                       kOpenLines = 1;
 
   static uint8x16_t bytes(I v) { return vreinterpretq_u8_s32(v); }
   static I from(uint8x16_t v) { return vreinterpretq_s32_u8(v); }
@@ -87,6 +87,9 @@ struct Neon {
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
+  static void store_tile(int32_t* operand, const F (&v)[64 / kLanes]) {
+    for (int i = 0; i < 64 / kLanes; ++i) store_operand(operand, i * kLanes, v[i]);
+  }
   template <int>
   static F prob_bound(F v) {
     return v;
@@ -111,6 +114,11 @@ struct Neon {
   }
 
   static F load(const float* p) { return vld1q_f32(p); }
+  static F load_int8(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+  }
   template <int>
   static F load_repeated(const float* p) {
     return load(p);

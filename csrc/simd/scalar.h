@@ -11,7 +11,6 @@
 //   prob_bound<Largest>   what must fit a byte: probabilities, or sums of two, where sums of two products by levels up
 //                         to Largest could saturate
 //   kKeyOffset, kValueOffset  added to levels in tables (128 where the dot product takes unsigned codes)
-//   kOperandDwords        dwords per four depths of a broadcast operand
 //   kOpenLines            packed lines that lane vectors may have in registers together (meet_units)
 //   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
 //   look_up<Bits, Pos>    level bytes of the field at bit Pos of every byte
@@ -31,6 +30,8 @@
 //   store_signed          bytes middle + n, or middle - 1 - n where the sign bit of the float is set
 //   store_operand         kLanes whole numbers (a quantized query or probabilities) from depth `at` of an operand, as
 //                         dot() wants them
+//   store_tile            the operand of the 64 depths of a tile, of floats from 0 to 255, truncated
+//   load_int8             kLanes int8 as floats
 //   reduce_max_4, reduce_add_4  four vectors at once
 //   add_to_exponent       the lowest bits of the second float, as a whole number, to the exponent of the first
 //   load_element<dtype>   kLanes elements as floats; e4m3: in units of kE4m3Unit, subnormals whatever the mode
@@ -59,7 +60,7 @@ struct Scalar {
   using Code = uint32_t;
   // One row at a time: code for four would be most of what there is to compile.
   static constexpr int kLanes = 1, kGroup = 1, kAccumulators = 4, kProbBase = 256, kKeyOffset = 0, kValueOffset = 0,
-                       kOperandDwords = 1, kOpenLines = 1;
+                       kOpenLines = 1;
 
   static I load_bytes(const uint8_t* p) {
     I v;
@@ -124,6 +125,9 @@ struct Scalar {
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
+  static void store_tile(int32_t* operand, const F (&v)[64 / kLanes]) {
+    for (int i = 0; i < 64 / kLanes; ++i) store_operand(operand, i * kLanes, v[i]);
+  }
   template <int>
   static F prob_bound(F v) {
     return v;
@@ -142,6 +146,7 @@ struct Scalar {
   }
 
   static F load(const float* p) { return *p; }
+  static F load_int8(const int8_t* p) { return *p; }
   template <int>
   static F load_repeated(const float* p) {
     return load(p);
