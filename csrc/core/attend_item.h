@@ -60,13 +60,14 @@ struct Block {
       load_row(p.query.data + batch * p.query.batch + query_head(r) * p.query.head + query_token(r) * p.query.token,
                p.dtype, d, row);
       for (int32_t i = 0; i < d; ++i) row[i] *= p.scale * kLog2e;
-      if (plan.key.bits == 0 || plan.key.elements || plan.key.asymmetric || p.tiles == 0) continue;
+      if (plan.key.bits == 0 || plan.key.asymmetric || p.tiles == 0) continue;
       alignas(64) float parts[kMaxParts * kMaxHeadDim];
       transform.to_parts(row, parts);
       if (plan.key_mean) std::memcpy(q.rotated + r * d, parts, static_cast<size_t>(d) * 4);
+      const int32_t block = plan.key.elements ? kElementQueryBlock : plan.key.scale_block;
       for (int32_t n = 0; n < plan.record.key.parts; ++n) {
         const CodePart& part = plan.record.key.part[n];
-        k.quantize_query({parts + part.first, part.dims, plan.key.scale_block, plan.levels + 1, q.levels_of(n) + r});
+        k.quantize_query({parts + part.first, part.dims, block, plan.levels + 1, q.levels_of(n) + r});
       }
     }
   }
@@ -97,7 +98,7 @@ struct Item : Block {
         scale_lines(static_cast<int32_t>(key_codes / kLine)),
         masked(mask.any(batch)),
         negligible(p.tiles == 0 ? 0.0F : p.sparse_values / static_cast<float>(p.tiles)),
-        notable(pl.key.bits == 0 || pl.key.elements ? 0.0F : kNotable) {}
+        notable(pl.key.bits == 0 ? 0.0F : kNotable) {}
 
   // Nothing attended to yet; `other` has seen tokens before.
   void begin(const Partial* other) const {

@@ -34,21 +34,6 @@ constexpr Dither kDither{};
   __builtin_memcpy(out, byte, sizeof byte);
 }
 
-// The largest size of a level, as it is read.
-template <class Codec>
-constexpr int largest_level() {
-  if constexpr (Codec::kBits == 8 || Codec::kTrellis) return 128;
-  if constexpr (Codec::kBits == 5) return 16;
-  if constexpr (Codec::kBits != 8 && Codec::kBits != 5 && !Codec::kTrellis) {
-    int largest = 0;
-    for (int i = 0; i < 1 << Codec::kBits; ++i) {
-      const int level = Codec::kLevels.level[i];
-      largest = level > largest ? level : -level > largest ? -level : largest;
-    }
-    return largest / common_factor<Codec>();
-  }
-}
-
 // Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane. Largest: the largest size of
 // a level. `worth`: of a unit of the integer sums; `begin`: what they begin with. Rows side by side, so that reductions
 // and divisions overlap.
@@ -161,6 +146,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     };
     typename decltype(unpack)::Carry carry[Step];
     for (int v = 0; v < Step; ++v) carry[v] = unpack.start(lane(grid.units() - 1, v));
+    [[maybe_unused]] I pairs[G * kPlanes];
     for (int u = 0; u < grid.units(); ++u) {
       meet_units<S, Step>(
           unpack, carry,
@@ -170,13 +156,13 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
               for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
             return p;
           },
-          [&](int v, int j, I levels) __attribute__((always_inline)) {
+          [&](int v, auto j, I levels) __attribute__((always_inline)) {
             if constexpr (Codec::kSignedScales) levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
             const typename S::Code code = S::expand(levels);
             const int depth = u * kDwords + j;
             unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
               const int g = i / kPlanes, n = i % kPlanes;
-              acc[n][g][v] = S::template dot<Side::value>(acc[n][g][v], code, operand[n][g] + depth);
+              meet_levels<S, Codec, Side::value, kDwords>(j, acc[n][g][v], pairs[i], code, operand[n][g] + depth);
             });
           });
     }

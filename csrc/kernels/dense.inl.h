@@ -32,8 +32,10 @@ void dense_score_group(const kvpack::DenseArgs& a) {
     for (int t = a.tokens; t < kTile; ++t) a.probs[g * kTile + t] = -__builtin_inff();
 }
 
-// Whole groups of kInFlight vectors from dim `first` on.
-template <class S, kvpack::Dtype T, int G, int kInFlight>
+// Whole groups of kInFlight vectors from dim `first` on. Masked: tokens of probability 0 may hold anything, NaN
+// included, and are not read. Tiles are of numbers, and a test for each token would take a third of the time (AVX2,
+// fp8).
+template <class S, kvpack::Dtype T, int G, int kInFlight, bool Masked>
 [[gnu::noinline]] void dense_accumulate_dims(const kvpack::DenseArgs& a, int first) {
   using namespace kvpack;
   using F = typename S::F;
@@ -45,9 +47,11 @@ template <class S, kvpack::Dtype T, int G, int kInFlight>
         acc[g][v] = S::load(a.out + static_cast<ptrdiff_t>(g) * a.out_stride + i + v * S::kLanes);
 #pragma GCC unroll 1
     for (int t = 0; t < a.tokens; ++t) {
-      float weight = 0.0F;
-      for (int g = 0; g < G; ++g) weight += a.probs[g * kTile + t];
-      if (weight == 0.0F) continue;  // masked for all: its values may be anything, NaN included
+      if constexpr (Masked) {
+        float weight = 0.0F;
+        for (int g = 0; g < G; ++g) weight += a.probs[g * kTile + t];
+        if (weight == 0.0F) continue;
+      }
       const uint8_t* p = a.rows + t * a.stride + i * kBytes;
       if (a.ahead != nullptr)
         for (int n = 0; n < kDims * kBytes; n += kLine) S::prefetch(a.ahead + t * a.stride + i * kBytes + n);
@@ -65,26 +69,26 @@ template <class S, kvpack::Dtype T, int G, int kInFlight>
 }
 
 // Head sizes are multiples of 16: where that leaves vectors that do not fill a group, smaller groups take them.
-template <class S, kvpack::Dtype T, int G>
+template <class S, kvpack::Dtype T, int G, bool Masked>
 void dense_accumulate_group(const kvpack::DenseArgs& a) {
   constexpr int kInFlight = vectors_in_flight<S>(G), kDims = kInFlight * S::kLanes;
-  dense_accumulate_dims<S, T, G, kInFlight>(a, 0);
+  dense_accumulate_dims<S, T, G, kInFlight, Masked>(a, 0);
   if constexpr (kDims > 16) {
     constexpr int kFewer = 16 / S::kLanes;
-    if (a.head_dim % kDims != 0) dense_accumulate_dims<S, T, G, kFewer>(a, a.head_dim / kDims * kDims);
+    if (a.head_dim % kDims != 0) dense_accumulate_dims<S, T, G, kFewer, Masked>(a, a.head_dim / kDims * kDims);
   }
 }
 
 // Values of an e4m3 tile: the token scales go into the probabilities.
 template <class S, int G>
-void accumulate_e4m3(const kvpack::AccumulateArgs& a) {
+void accumulate_floats(const kvpack::AccumulateArgs& a) {
   using namespace kvpack;
   alignas(64) float probs[G * kTile];
   for (int t = 0; t < kTile; t += S::kLanes) {
     const auto scale = S::mul(load_scales<S>(a.tile.scales + t), S::set1(kE4m3Unit));
     for (int g = 0; g < G; ++g) S::store(probs + g * kTile + t, S::mul(S::load(a.probs + g * kTile + t), scale));
   }
-  dense_accumulate_group<S, Dtype::e4m3, G>(
+  dense_accumulate_group<S, Dtype::e4m3, G, false>(
       {a.tile.codes, a.head_dim, nullptr, probs, a.ahead, a.out, a.out_stride, a.head_dim, kTile, G});
 }
 
@@ -101,10 +105,10 @@ void dense_score(const kvpack::DenseArgs& a) {
 template <class S, kvpack::Dtype T>
 void dense_accumulate(const kvpack::DenseArgs& a) {
   switch (a.group) {
-    case 1: return dense_accumulate_group<S, T, 1>(a);
-    case 2: return dense_accumulate_group<S, T, 2>(a);
-    case 3: return dense_accumulate_group<S, T, 3>(a);
-    default: return dense_accumulate_group<S, T, 4>(a);
+    case 1: return dense_accumulate_group<S, T, 1, true>(a);
+    case 2: return dense_accumulate_group<S, T, 2, true>(a);
+    case 3: return dense_accumulate_group<S, T, 3, true>(a);
+    default: return dense_accumulate_group<S, T, 4, true>(a);
   }
 }
 

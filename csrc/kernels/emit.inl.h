@@ -3,6 +3,7 @@
 #include "kernels/accumulate.inl.h"
 #include "kernels/decode.inl.h"
 #include "kernels/dense.inl.h"
+#include "kernels/e4m3.inl.h"
 #include "kernels/encode.inl.h"
 #include "kernels/gather.inl.h"
 #include "kernels/mean.inl.h"
@@ -37,7 +38,7 @@ void accumulate_in_turn(const kvpack::AccumulateArgs& a) {
 template <class S, class Codec, int G>
 constexpr auto score_of() {
   if constexpr (Codec::kElements)
-    return exact_score<S, kvpack::Dtype::e4m3, G>;
+    return score_e4m3<S, G>;
   else
     return score<S, typename kvpack::ReadAs<Codec>::type, G>;
 }

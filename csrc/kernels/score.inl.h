@@ -47,7 +47,7 @@ void quantize_query(const kvpack::QuantizeQueryArgs& a) {
     float step = query_step(max);
     for (int n = 0; n < a.levels; ++n, step /= 254.0F) {
       a.row->scale[n][sb] = step;
-      a.row->offset[n][sb] = S::kKeyOffset == 0 ? 0 : -S::kKeyOffset * static_cast<int>(S::reduce_add(sum[n]));
+      a.row->offset[n][sb] = kSumsQueries<S> ? -128 * static_cast<int>(S::reduce_add(sum[n])) : 0;
     }
   }
 }
@@ -88,10 +88,10 @@ template <class S, class Codec, int G>
     for (int g = 0; g < G; ++g)
       quantize_dims<S>(scaled[g], dims, query_inverse(max[g]), levels, sb * kBlock, rows[g][n], sum[g]);
     for (int l = 0; l < levels; ++l) {
-      if constexpr (S::kKeyOffset != 0) S::reduce_add_4(sum[0][l], sum[1][l], sum[2][l], sum[3][l], total);
+      if constexpr (kSumsQueries<S>) S::reduce_add_4(sum[0][l], sum[1][l], sum[2][l], sum[3][l], total);
       for (int g = 0; g < G; ++g) {
         rows[g][n].scale[l][sb] = step[g];
-        rows[g][n].offset[l][sb] = S::kKeyOffset == 0 ? 0 : -S::kKeyOffset * static_cast<int>(total[g]);
+        rows[g][n].offset[l][sb] = kSumsQueries<S> ? -128 * static_cast<int>(total[g]) : 0;
         step[g] /= 254.0F;
       }
     }
@@ -141,7 +141,8 @@ void score(const kvpack::ScoreArgs& a) {
       for (int sb = 0; sb < blocks; ++sb) {
         I acc[G][kInFlight];
         for (int g = 0; g < G; ++g)
-          for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(offsets[g * kRowDwords + sb]);
+          for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(key_begin<S, Codec>(offsets[g * kRowDwords + sb]));
+        [[maybe_unused]] I pairs[G];
         const auto lane = [&](int u, int v) {
           const int at = v0 + v;
           return a.tile.codes + (static_cast<size_t>(u) * 4 + static_cast<size_t>(at / kPerBlock)) * kLines * kLine +
@@ -155,10 +156,10 @@ void score(const kvpack::ScoreArgs& a) {
         const auto share = [&](int v) {
           return (kInFlight % (kSharers * kPerBlock) == 0 ? v : v0 + v) / kPerBlock % kSharers;
         };
-        const auto meet = [&](int v, int dword, I levels) __attribute__((always_inline)) {
+        const auto meet = [&](int v, auto j, int dword, I levels) __attribute__((always_inline)) {
           const typename S::Code code = S::expand(levels);
           unrolled<G>([&](int g) __attribute__((always_inline)) {
-            acc[g][v] = S::template dot<Side::key>(acc[g][v], code, operands + g * kRowDwords + dword);
+            meet_levels<S, Codec, Side::key, kDwords>(j, acc[g][v], pairs[g], code, operands + g * kRowDwords + dword);
           });
         };
         const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();
@@ -178,7 +179,7 @@ void score(const kvpack::ScoreArgs& a) {
                   for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
                 return p;
               },
-              [&](int v, int j, I levels) __attribute__((always_inline)) { meet(v, u * kDwords + j, levels); });
+              [&](int v, auto j, I levels) __attribute__((always_inline)) { meet(v, j, u * kDwords + j, levels); });
         }
         if constexpr (kDwords >= 8)  // units that lane blocks share, the last ones: each meets its own share
           for (int part = 0; part < (sb == blocks - 1 ? parts : 0); ++part)
@@ -187,8 +188,8 @@ void score(const kvpack::ScoreArgs& a) {
               if (level == 0 && (v0 + v) % (kSharers * kPerBlock) == 0)
                 for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
               unpack.shared(
-                  p, share(v), carry[v], [&](int j, I levels) __attribute__((always_inline)) {
-                    meet(v, end * kDwords + part * 4 + j, levels);
+                  p, share(v), carry[v], [&](auto j, I levels) __attribute__((always_inline)) {
+                    meet(v, j, end * kDwords + part * 4 + j, levels);
                   });
             });
         for (int v = 0; v < kInFlight; ++v) {

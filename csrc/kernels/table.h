@@ -19,6 +19,8 @@ struct alignas(64) QueryRow {
   int32_t offset[kQueryLevels][kMaxScaleBlocks];  // initial accumulator: undoes the key table's offset
 };
 
+constexpr int32_t kElementQueryBlock = 32;  // dims that share a scale of the query, of keys that are e4m3 floats
+
 struct SoftmaxRow {
   float max, sum;   // running maximum (log2 units) and sum of 2^(score - max)
   float elsewhere;  // such a sum that other work items are known to have

@@ -22,7 +22,7 @@ struct Memoryless {
     const Self& self = static_cast<const Self&>(*this);
     const auto raw = self.load(p, carry);
     unrolled<Self::kDwords>([&](auto j) __attribute__((always_inline)) {
-      if (j / 4 == share) use(j % 4, self.template levels<j>(raw));
+      if (j / 4 == share) use(std::integral_constant<int, j % 4>{}, self.template levels<j>(raw));
     });
   }
 };
@@ -37,10 +37,6 @@ struct UnitLines {
     return raw;
   }
 };
-
-// What a policy adds to the levels of a side. Negation of a byte with an offset of 128 negates its level.
-template <class S, kvpack::Side Sd>
-constexpr int kLevelOffset = Sd == kvpack::Side::key ? S::kKeyOffset : S::kValueOffset;
 
 // The largest number that divides all levels of a codebook. Values are read in units of it: small levels leave room for
 // probabilities where sums of two products could saturate (AVX2; of tq1 and tq2).
@@ -63,13 +59,71 @@ constexpr kvpack::LevelTable read_levels() {
   return t;
 }
 
+// The largest size of a level of values, as it is read.
+template <class Codec>
+constexpr int largest_level() {
+  if constexpr (Codec::kBits == 8 || Codec::kTrellis) return 128;
+  if constexpr (Codec::kBits == 5) return 16;
+  if constexpr (Codec::kBits != 8 && Codec::kBits != 5 && !Codec::kTrellis) {
+    int largest = 0;
+    for (int i = 0; i < 1 << Codec::kBits; ++i) {
+      const int level = Codec::kLevels.level[i];
+      largest = level > largest ? level : -level > largest ? -level : largest;
+    }
+    return largest / common_factor<Codec>();
+  }
+}
+
+// Sums of pairs of products that are added in 16 bits before they are widened; 1: none are. Of keys, the products are
+// of codes, which are never negative, with bytes up to 127; of values, of levels with bytes up to 255.
+template <class S, class Codec, kvpack::Side Sd>
+constexpr int pair_sums() {
+  constexpr int kFactor = Sd == kvpack::Side::key ? common_factor<Codec>() : 1;
+  constexpr int kPair =
+      Sd == kvpack::Side::key ? 2 * 2 * kFactor * largest_level<Codec>() * 127 : 2 * largest_level<Codec>() * 255;
+  return !S::kAddsPairs ? 1 : 0x7fff / kPair >= 4 ? 4 : 0x7fff / kPair >= 2 ? 2 : 1;
+}
+
+// Dword J of a unit's levels meets an operand: into the sums, or into sums of pairs that are widened before they could
+// overflow, and with the last dword of the unit.
+template <class S, class Codec, kvpack::Side Sd, int Dwords, class J>
+[[gnu::always_inline]] inline void meet_levels(J /*dword*/, typename S::I& acc, typename S::I& pairs,
+                                               typename S::Code code, const int32_t* operand) {
+  constexpr int kSums = pair_sums<S, Codec, Sd>();
+  if constexpr (kSums == 1) {
+    acc = S::template dot<Sd>(acc, code, operand);
+  } else {
+    const auto own = S::template dot_pairs<Sd>(code, operand);
+    pairs = J() % kSums == 0 ? own : S::add_pairs(pairs, own);
+    if constexpr (J() % kSums == kSums - 1 || J() == Dwords - 1) acc = S::widen(acc, pairs);
+  }
+}
+
+// What is added to the levels of a side. Negation of a byte with an offset of 128 negates its level.
+template <class S, class Codec, kvpack::Side Sd>
+constexpr int level_offset() {
+  if constexpr (Sd == kvpack::Side::value) return S::kValueOffset;
+  if constexpr (S::kKeyOffset != 0) return Codec::kBits == 5 ? 16 : S::kKeyOffset;
+  return pair_sums<S, Codec, Sd>() > 1 ? common_factor<Codec>() * largest_level<Codec>() : 0;
+}
+
+// Whether quantized queries come with their sums: levels of keys are read with something added to them. Rows hold -128
+// times these.
+template <class S>
+constexpr bool kSumsQueries = S::kKeyOffset != 0 || S::kAddsPairs;
+template <class S, class Codec>
+constexpr int32_t key_begin(int32_t offset) {
+  constexpr int kOffset = level_offset<S, Codec, kvpack::Side::key>();
+  return kOffset == 128 ? offset : (offset >> 7) * kOffset;
+}
+
 // Tables of a codec for one side.
 template <class S, class Codec, kvpack::Side Sd>
 struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
   using I = typename S::I;
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kBits = Codec::kBits;
-  static constexpr int kOffset = kLevelOffset<S, Sd>;
+  static constexpr int kOffset = level_offset<S, Codec, Sd>();
   static constexpr int kDwords = kvpack::unit_dwords(kBits);
   static constexpr int kLines = kvpack::unit_lines(kBits);
   using Raw = UnitLines<S, kLines>;
@@ -102,28 +156,28 @@ requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<
   [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& /*carry*/) const { return Raw::load(p); }
   template <int>
   [[gnu::always_inline]] typename S::I levels(const Raw& raw) const {
-    return kLevelOffset<S, Sd> == 128 ? raw.line[0] : S::flip_sign_bit(raw.line[0]);
+    return level_offset<S, Codec, Sd>() == 128 ? raw.line[0] : S::flip_sign_bit(raw.line[0]);
   }
 };
 
-// 5 bits: level = code - 16: four low bits, looked up, and 16 where the high bit is set.
+// 5 bits: level = code - 16.
 template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kBits == 5) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<S, Codec, Sd>> {
   using Carry = typename Memoryless<Unpacker>::Carry;
   static constexpr int kDwords = 8, kLines = 5;
-  static constexpr int kOffset = kLevelOffset<S, Sd>;
+  static constexpr int kOffset = level_offset<S, Codec, Sd>();
   using Raw = UnitLines<S, kLines>;
-  static constexpr kvpack::LevelTable kLow{{-16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, -3, -2, -1}};
-  static constexpr kvpack::LevelTable kHigh{{0, 16}};
-  static constexpr auto kLowBytes = S::template table_bytes<4>(kLow.level, kOffset);
-  static constexpr auto kHighBytes = S::template table_bytes<1>(kHigh.level, 0);
-  typename S::template Table<4> low = S::template load_table<4>(kLowBytes);
-  typename S::template Table<1> high = S::template load_table<1>(kHighBytes);
   [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& /*carry*/) const { return Raw::load(p); }
   template <int J>
   [[gnu::always_inline]] typename S::I levels(const Raw& raw) const {
-    return S::add_bytes(S::template look_up<4, J % 2 * 4>(low, raw.line[J / 2]),
-                        S::template look_up<1, J>(high, raw.line[4]));
+    const typename S::I low = J % 2 == 0 ? raw.line[J / 2] : S::shift_right_16(raw.line[J / 2], 4);
+    const typename S::I high = J < 4    ? S::shift_left_16(raw.line[4], J < 4 ? 4 - J : 1)
+                               : J == 4 ? raw.line[4]
+                                        : S::shift_right_16(raw.line[4], J > 4 ? J - 4 : 1);
+    const typename S::I code = S::template join_bits<0x0f, 0x10>(low, high);
+    constexpr int kMore = kOffset - 16;
+    return kMore == 0 ? code
+                      : S::add_bytes(code, S::splat(static_cast<int32_t>(0x01010101U * static_cast<uint8_t>(kMore))));
   }
 };
 
@@ -134,7 +188,7 @@ template <class S, class Codec, kvpack::Side Sd>
 requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
   using I = typename S::I;
   using Code = typename Codec::Code;
-  static constexpr int kOffset = kLevelOffset<S, Sd>;
+  static constexpr int kOffset = level_offset<S, Codec, Sd>();
   static constexpr int kDwords = kvpack::unit_dwords(Codec::kBits), kLines = kvpack::unit_lines(Codec::kBits);
   static constexpr int kTables = Code::kEvenBits == Code::kOddBits ? 1 : 2;
   struct Levels {

@@ -1,7 +1,9 @@
 // Policy "avx2" (AVX2, FMA, F16C). 8 lanes. Products of unsigned with signed bytes are added in pairs, and saturate at
 // 16 bits (vpmaddubsw). Of keys, it is the size that is multiplied, their sign goes to the query: a pair is at most
 // 2 * 127 * 128. Probabilities have eight bits, but where levels are large no more than 255 in a pair, so that a pair
-// is at most 255 * 128. vpmaddwd with ones adds pairs of pairs. What a policy provides is described in scalar.h.
+// is at most 255 * 128. vpmaddwd with ones adds pairs of pairs. Where levels are small,
+// keys are codes without a sign, and up to four pairs are added in 16 bits before that: at most 4 * 2 * 31 * 127 or
+// 4 * 2 * 255 * 16. What a policy provides is described in scalar.h.
 #pragma once
 #include <immintrin.h>
 
@@ -16,6 +18,7 @@ struct Avx2 {
   using Code = __m256i;
   static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbBase = 128, kKeyOffset = 0, kValueOffset = 0,
                        kOpenLines = 1;
+  static constexpr bool kAddsPairs = true;
 
   static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static I splat(int32_t v) { return _mm256_set1_epi32(v); }
@@ -24,6 +27,10 @@ struct Avx2 {
   static I select_bits(I a, I b) {
     const I m = _mm256_set1_epi8(static_cast<char>(Mask));
     return _mm256_or_si256(_mm256_and_si256(a, m), _mm256_andnot_si256(m, b));
+  }
+  template <int A, int B>
+  static I join_bits(I a, I b) {
+    return _mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi8(A)), _mm256_and_si256(b, _mm256_set1_epi8(B)));
   }
 
   struct TableBytes {
@@ -72,7 +79,7 @@ struct Avx2 {
                               bit6);
   }
   static I negate_where_top_bit(I v, I signs) {
-    return negate_bytes(v, _mm256_cmpgt_epi8(_mm256_setzero_si256(), signs));
+    return _mm256_sign_epi8(v, _mm256_or_si256(signs, _mm256_set1_epi8(1)));
   }
   static I flip_sign_bit(I v) { return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80))); }
   static I negate_bytes(I v, I mask) { return _mm256_sub_epi8(_mm256_xor_si256(v, mask), mask); }
@@ -102,6 +109,14 @@ struct Avx2 {
                                            : _mm256_maddubs_epi16(w, levels);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+
+  template <kvpack::Side S>
+  static I dot_pairs(Code code, const int32_t* operand) {
+    const I w = _mm256_set1_epi32(*operand);
+    return S == kvpack::Side::key ? _mm256_maddubs_epi16(code, w) : _mm256_maddubs_epi16(w, code);
+  }
+  static I add_pairs(I a, I b) { return _mm256_add_epi16(a, b); }
+  static I widen(I acc, I pairs) { return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static F load_int8(const int8_t* p) {

@@ -14,6 +14,7 @@ struct Avx512Vnni {
   using Code = __m512i;
   static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 128, kValueOffset = 0,
                        kOpenLines = 16;
+  static constexpr bool kAddsPairs = false;
 
   static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I splat(int32_t v) { return _mm512_set1_epi32(v); }
@@ -21,6 +22,11 @@ struct Avx512Vnni {
   template <int Mask>
   static I select_bits(I a, I b) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(Mask)), a, b, 0xCA);
+  }
+
+  template <int A, int B>
+  static I join_bits(I a, I b) {
+    return select_bits<A>(a, _mm512_and_si512(b, _mm512_set1_epi8(B)));
   }
 
   // 16-byte look-up in every 128-bit lane; the field is shifted down and masked.
@@ -288,6 +294,25 @@ struct Avx512Vbmi : Avx512Vnni {
     return {_mm512_load_si512(level), _mm512_load_si512(level + 64)};
   }
   static I look_up_128(const Table128& t, I raw) { return _mm512_permutex2var_epi8(t.low, raw, t.high); }
+
+  static constexpr bool kInterleaves = true;
+  static I load_first_bytes(const uint8_t* p, int n) { return _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n), p); }
+  template <int Half>
+  static void interleave(const I (&row)[4], I (&v)[2]) {
+    const I a = Half == 0 ? _mm512_unpacklo_epi8(row[0], row[1]) : _mm512_unpackhi_epi8(row[0], row[1]);
+    const I b = Half == 0 ? _mm512_unpacklo_epi8(row[2], row[3]) : _mm512_unpackhi_epi8(row[2], row[3]);
+    v[0] = _mm512_unpacklo_epi16(a, b);
+    v[1] = _mm512_unpackhi_epi16(a, b);
+  }
+  // Bytes were interleaved within blocks of 16: lane 4 b + i of vector v is that of byte 16 b + 4 v + i.
+  static void restore_order(F (&v)[4]) {
+    const F a = _mm512_shuffle_f32x4(v[0], v[1], 0x44), b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
+    const F c = _mm512_shuffle_f32x4(v[0], v[1], 0xEE), d = _mm512_shuffle_f32x4(v[2], v[3], 0xEE);
+    v[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+    v[1] = _mm512_shuffle_f32x4(a, b, 0xDD);
+    v[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+    v[3] = _mm512_shuffle_f32x4(c, d, 0xDD);
+  }
 };
 #endif
 

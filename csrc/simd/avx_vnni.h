@@ -10,6 +10,7 @@ namespace {
 
 struct AvxVnni : Avx2 {
   static constexpr int kProbBase = 256, kKeyOffset = 128;
+  static constexpr bool kAddsPairs = false;
 
   template <int>
   static F prob_bound(F v) {

@@ -19,6 +19,7 @@ struct Neon {
   using Code = int8x16_t;
   static constexpr int kLanes = 4, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 0, kValueOffset = 128,
                        kOpenLines = 1;
+  static constexpr bool kAddsPairs = false;
 
   static uint8x16_t bytes(I v) { return vreinterpretq_u8_s32(v); }
   static I from(uint8x16_t v) { return vreinterpretq_s32_u8(v); }
@@ -31,6 +32,10 @@ struct Neon {
   template <int Mask>
   static I select_bits(I a, I b) {
     return from(vbslq_u8(vdupq_n_u8(Mask), bytes(a), bytes(b)));
+  }
+  template <int A, int B>
+  static I join_bits(I a, I b) {
+    return select_bits<A>(a, from(vandq_u8(bytes(b), vdupq_n_u8(B))));
   }
 
   struct TableBytes {

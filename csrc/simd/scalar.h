@@ -11,7 +11,10 @@
 //   prob_bound<Largest>   what must fit a byte: probabilities, or sums of two, where sums of two products by levels up
 //                         to Largest could saturate
 //   kKeyOffset, kValueOffset  added to levels in tables (128 where the dot product takes unsigned codes)
+//   kAddsPairs            dot() goes by sums of pairs of products in 16 bits: where levels are small, dot_pairs() gives
+//                         them (of keys, for codes that are not negative), add_pairs() adds some, widen() makes an end
 //   kOpenLines            packed lines that lane vectors may have in registers together (meet_units)
+//   join_bits<A, B>       (a & A) | (b & B) in every byte, of masks that are apart
 //   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
 //   look_up<Bits, Pos>    level bytes of the field at bit Pos of every byte
 //   look_up_128           level bytes of a table of 128, by bits 0..6 of every byte
@@ -20,6 +23,10 @@
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
 //   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
 //   compress              (optional) stores the lanes whose bits are set, side by side, and anything behind them
+//   kInterleaves          (optional, with the next three) e4m3 tiles are read in integers (kernels/e4m3.inl.h)
+//   interleave<Half>      half of the vectors whose lanes are four bytes, one of each row
+//   restore_order         puts lanes of all four into the order of those bytes
+//   load_first_bytes      the first n bytes, of 64; zeros behind them
 //   load_repeated<W>      W floats, over and over
 //   max_bits              the larger of two numbers without a sign; a NaN is larger than any
 //   reduce_max_bits       the largest lane in that order
@@ -61,6 +68,7 @@ struct Scalar {
   // One row at a time: code for four would be most of what there is to compile.
   static constexpr int kLanes = 1, kGroup = 1, kAccumulators = 4, kProbBase = 256, kKeyOffset = 0, kValueOffset = 0,
                        kOpenLines = 1;
+  static constexpr bool kAddsPairs = false;
 
   static I load_bytes(const uint8_t* p) {
     I v;
@@ -73,6 +81,10 @@ struct Scalar {
   static I select_bits(I a, I b) {
     constexpr I m = 0x01010101U * static_cast<I>(Mask);
     return (a & m) | (b & ~m);
+  }
+  template <int A, int B>
+  static I join_bits(I a, I b) {
+    return (a & 0x01010101U * A) | (b & 0x01010101U * B);
   }
 
   struct TableBytes {

@@ -3,7 +3,7 @@
 #   prefetches: GCC takes a function that does nothing else for one without effects, and drops its calls, unless it was
 #     inlined before it found out
 #   products of bytes, by the instruction KEYS in those of integer scores, and VALUES in those of integer sums
-#   look-ups of levels, by LOOK_UP, in all of these but those of eight bits, which need not
+#   look-ups of levels, by LOOK_UP, in all of these but those of eight and five bits, which need not
 # KEYS, VALUES and LOOK_UP are regular expressions.
 set -e
 code=$("$1" -dC --no-show-raw-insn "$2")
@@ -16,17 +16,17 @@ printf '%s\n' "$code" | awk -v keys="^($3)\$" -v values="^($4)\$" -v look_up="^(
       if (integer) {
         if (products < 4) missing("four " product)
         looked += tables > 0
-        if (tables == 0 && name !~ /kvpack::Q8_0/) missing(look_up)
+        if (tables == 0 && name !~ /kvpack::Q[58]_0/) missing(look_up)
       }
     }
     name = ""
   }
   /^[0-9a-f]+ </ {
     done()
-    if (/::(score|accumulate_planes|exact_score)</) {
+    if (/::((score|accumulate)_fixed_point|score|accumulate_planes|exact_score)</) {
       name = $0
       integer = !/::exact_score</
-      product = /::score</ ? keys : values
+      product = /::score(_fixed_point)?</ ? keys : values
       prefetches = products = tables = 0
     }
   }
