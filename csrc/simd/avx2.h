@@ -2,8 +2,8 @@
 // 16 bits (vpmaddubsw). Of keys, it is the size that is multiplied, their sign goes to the query: a pair is at most
 // 2 * 127 * 128. Probabilities have eight bits, but where levels are large no more than 255 in a pair, so that a pair
 // is at most 255 * 128. vpmaddwd with ones adds pairs of pairs. Where levels are small, keys are codes without a sign,
-// and up to four pairs are added in 16 bits before that: at most 4 * 2 * 31 * 127, or 4 * 2 * 255 * 16 of values. What a
-// policy provides is described in scalar.h.
+// and up to four pairs are added in 16 bits before that: at most 4 * 2 * 31 * 127, or 4 * 2 * 255 * 16 of values. What
+// a policy provides is described in scalar.h.
 #pragma once
 #include <immintrin.h>
 
