@@ -38,6 +38,10 @@ struct Block {
     head_offset = static_cast<size_t>(head) * plan.record.head_bytes();
   }
 
+  // Keys that meet queries as levels of int8.
+  bool integer_keys() const {
+    return plan.key.bits != 0 && (!plan.key.elements || (k.fixed_point && plan.levels == 1));
+  }
   int64_t query_head(int64_t row) const { return head * plan.group + (first_row + row) / p.query_tokens; }
   int64_t query_token(int64_t row) const { return (first_row + row) % p.query_tokens; }
 
@@ -60,7 +64,7 @@ struct Block {
       load_row(p.query.data + batch * p.query.batch + query_head(r) * p.query.head + query_token(r) * p.query.token,
                p.dtype, d, row);
       for (int32_t i = 0; i < d; ++i) row[i] *= p.scale * kLog2e;
-      if (plan.key.bits == 0 || plan.key.asymmetric || p.tiles == 0) continue;
+      if (!integer_keys() || plan.key.asymmetric || p.tiles == 0) continue;
       alignas(64) float parts[kMaxParts * kMaxHeadDim];
       transform.to_parts(row, parts);
       if (plan.key_mean) std::memcpy(q.rotated + r * d, parts, static_cast<size_t>(d) * 4);
@@ -98,7 +102,7 @@ struct Item : Block {
         scale_lines(static_cast<int32_t>(key_codes / kLine)),
         masked(mask.any(batch)),
         negligible(p.tiles == 0 ? 0.0F : p.sparse_values / static_cast<float>(p.tiles)),
-        notable(pl.key.bits == 0 ? 0.0F : kNotable) {}
+        notable(integer_keys() ? kNotable : 0.0F) {}
 
   // Nothing attended to yet; `other` has seen tokens before.
   void begin(const Partial* other) const {
@@ -276,7 +280,7 @@ struct Item : Block {
   }
 
   // Sinks or exact tokens, blocks of 64 rows of elements.
-  void dense(const Strided& keys, const Strided& values, int64_t tokens, int64_t start, KeyRun::Kind kind) {
+  void dense(const Strided& keys, const Strided& values, int64_t tokens, int64_t start, KeyRun::Kind kind) const {
     alignas(64) float scores[kMaxGroup * kTile];
     constexpr float bias[kMaxGroup] = {};
     const auto dk = static_cast<int32_t>(p.key_dim), dv = static_cast<int32_t>(p.value_dim);
@@ -298,7 +302,7 @@ struct Item : Block {
     }
   }
 
-  void exact() {
+  void exact() const {
     dense(p.sink_keys, p.sink_values, p.sinks, 0, KeyRun::Kind::sinks);
     dense(p.keys, p.values, p.exact, plan.packed, KeyRun::Kind::exact);
   }

@@ -5,7 +5,8 @@
 //   value = (256 * high + low) * 2^-6, both from a table by the size of the code, both negated where its sign is set
 //
 // Sizes of 1/8 and more are exact (448 is 28672 steps), but where `low` would be -128, which has no negative: those are
-// one step off. Smaller ones are rounded to a step, a 57000th of the largest. Precision "high" multiplies floats.
+// one step off. Smaller ones are rounded to a step, a 28672nd of the largest. Precision "high" multiplies floats,
+// and so do scores that are made anew with another level of the query, under a soft cap.
 //
 // Codes lie as elements: rows of 64 tokens (keys) or of dims (values). Four rows are interleaved into four vectors, as
 // the products want them; their lanes are out of order, and sums are put in order at the end.

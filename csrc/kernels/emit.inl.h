@@ -65,6 +65,7 @@ template <class S>
 constexpr kvpack::Readers emit_readers() {
   using namespace kvpack;
   Readers t{};
+  t.fixed_point = InterleavesRows<S>;
   t.quantize_query = quantize_query<S>;
   const auto emit_codec = [&]<class Codec>(int id) {
     if constexpr (Codec::kBits != 0 && !TwoParts<Codec>) {  // parts are read by the codecs that they are

@@ -31,7 +31,7 @@ template <class S>
 
 // The scale of the first level, and what values are multiplied with, from the largest size of a value.
 inline float query_step(float max) { return max / 127.0F; }
-inline float query_inverse(float max) { return max > 0.0F ? 127.0F / max : 0.0F; }
+inline float query_inverse(float max) { return max > 0x1p-100F ? 127.0F / max : 0.0F; }
 
 template <class S>
 void quantize_query(const kvpack::QuantizeQueryArgs& a) {

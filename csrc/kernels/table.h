@@ -10,13 +10,14 @@ namespace kvpack {
 constexpr int32_t kMaxGroup = 4;  // query rows that share one unpacking of a tile
 
 // A query row, quantized for integer scores: int8 levels, each of which refines the one before by a factor of 254, and
-// one scale per scale block of the key codec. Precision "standard" takes one, "high" two, and tokens that stand out one
-// more.
+// one scale per scale block of the key codec (of e4m3 keys: per kElementQueryBlock). Precision "standard" takes one,
+// "high" two, and tokens that stand out one more.
 constexpr int32_t kQueryLevels = 3;
 struct alignas(64) QueryRow {
   int32_t operand[kQueryLevels][kMaxHeadDim / 4];
   float scale[kQueryLevels][kMaxScaleBlocks];
-  int32_t offset[kQueryLevels][kMaxScaleBlocks];  // initial accumulator: undoes the key table's offset
+  int32_t offset[kQueryLevels]
+                [kMaxScaleBlocks];  // -128 times the sum of the operands, where a level wants it (key_begin)
 };
 
 constexpr int32_t kElementQueryBlock = 32;  // dims that share a scale of the query, of keys that are e4m3 floats
@@ -144,6 +145,7 @@ struct MeanArgs {
 // Kernels that multiply bytes and look levels up. A level that adds instructions for just that to another one has only
 // these of its own.
 struct Readers {
+  bool fixed_point;  // e4m3 tiles are read in integers at precision "standard", else in floats
   void (*quantize_query)(const QuantizeQueryArgs&);
   void (*score[kCodecs][kMaxGroup])(const ScoreArgs&);
   void (*accumulate[kCodecs][kMaxGroup])(const AccumulateArgs&);

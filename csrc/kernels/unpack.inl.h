@@ -93,6 +93,7 @@ template <class S, class Codec, kvpack::Side Sd, int Dwords, class J>
   if constexpr (kSums == 1) {
     acc = S::template dot<Sd>(acc, code, operand);
   } else {
+    static_assert(S::kOpenLines == 1);  // one lane vector at a time: `pairs` are of one
     const auto own = S::template dot_pairs<Sd>(code, operand);
     pairs = J() % kSums == 0 ? own : S::add_pairs(pairs, own);
     if constexpr (J() % kSums == kSums - 1 || J() == Dwords - 1) acc = S::widen(acc, pairs);

@@ -10,7 +10,8 @@
 //   kProbBase             a unit of the first byte of a probability of two, in those of the second
 //   prob_bound<Largest>   what must fit a byte: probabilities, or sums of two, where sums of two products by levels up
 //                         to Largest could saturate
-//   kKeyOffset, kValueOffset  added to levels in tables (128 where the dot product takes unsigned codes)
+//   kKeyOffset, kValueOffset  added to levels (128 where the dot product takes unsigned codes; level_offset() has the
+//                         codecs that it is another for)
 //   kAddsPairs            dot() goes by sums of pairs of products in 16 bits: where levels are small, dot_pairs() gives
 //                         them (of keys, for codes that are not negative), add_pairs() adds some, widen() makes an end
 //   kOpenLines            packed lines that lane vectors may have in registers together (meet_units)
