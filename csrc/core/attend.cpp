@@ -4,14 +4,15 @@
 // tell what a tile's probabilities are up against. Then, for every tile and groups of up to four query rows, score ->
 // mask -> softmax -> accumulate through the kernel table, so any key codec goes with any value codec. Rows in which a
 // token stands out are scored again with one more level of the query; the values of a tile whose probabilities are
-// negligible for all rows of a group stay unread. Items leave (max, sum, output) per row, and another pass merges the
-// ranges by log-sum-exp, rotates back, and stores. The split depends on the shapes only: results are the same on any
-// number of threads.
+// negligible for all rows of a group stay unread. Items leave (max, sum, output) per row; the last one of a block
+// merges the ranges by log-sum-exp, rotates back, and stores. The split depends on the shapes only: results are the
+// same on any number of threads.
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "core/attend_item.h"
 #include "core/fp_control.h"
@@ -22,7 +23,6 @@ namespace {
 
 // Merges the ranges of one block of query rows, rotates back, stores.
 void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t block) {
-  const FpControl flush(FpControl::Mode::flush);
   const AttendParams& p = plan.p;
   const Block rows(plan, k, workspace, block);
   const Transform transform(k, plan.value, plan.record.value, rows.map(Side::value));
@@ -80,42 +80,51 @@ void check(const Plan& plan) {
     }
 }
 
+// Work that threads take unit by unit: ranges of tiles, of which blocks have one or several. A thread begins where the
+// pool puts it and goes on in order, so that what it prefetches is what it reads next; at the end of its own units it
+// takes those that others have left. One that is slower, or comes late, does less.
 struct Call {
   const Plan& plan;
   const KernelTable& k;
   uint8_t* workspace;
+  const Progress progress;
 
-  // Queries, sinks and exact tokens of a block; its tiles too where they are one range.
+  // Queries, sinks and exact tokens of a block, before its ranges: by the first that needs them. The others wait for
+  // it, as it is at work.
   void start(int64_t block) const {
-    const FpControl flush(FpControl::Mode::flush);
-    Item item(plan, k, workspace, block, plan.partials() - 1);
-    item.prepare();
-    item.begin(nullptr);
-    item.exact();
-    if (plan.chunks > 1) return;
-    item.tiles(0, plan.p.tiles);
-    item.count();
+    std::atomic<int32_t>& state = progress.block[block];
+    int32_t none = Progress::kNone;
+    if (state.compare_exchange_strong(none, Progress::kStarting, std::memory_order_relaxed)) {
+      const Item item(plan, k, workspace, block, plan.partials() - 1);
+      item.prepare();
+      item.begin(nullptr);
+      item.exact();
+      state.store(Progress::kStarted, std::memory_order_release);
+    }
+    for (int spins = 0; state.load(std::memory_order_acquire) == Progress::kStarting; ++spins)
+      if (spins > 1000) std::this_thread::yield();
   }
-  // One of several ranges of tiles.
   void range(int64_t index) const {
-    const FpControl flush(FpControl::Mode::flush);
     const int64_t block = index / plan.chunks, chunk = index % plan.chunks, begin = chunk * plan.chunk_tiles;
     const int64_t end = begin + plan.chunk_tiles;
+    start(block);
     Item item(plan, k, workspace, block, chunk);
-    const Partial before(plan, workspace, block, plan.chunks);
-    item.begin(&before);
+    if (plan.chunks > 1) {
+      const Partial before(plan, workspace, block, plan.chunks);
+      item.begin(&before);
+    }
     item.tiles(begin, end < plan.p.tiles ? end : plan.p.tiles);
     item.count();
+    const int32_t last = Progress::kStarted + static_cast<int32_t>(plan.chunks) - 1;
+    if (progress.block[block].fetch_add(1, std::memory_order_acq_rel) == last) merge(plan, k, workspace, block);
   }
-  void merge(int64_t block) const { kvpack::merge(plan, k, workspace, block); }
+  void work(int64_t first) const {
+    const FpControl flush(FpControl::Mode::flush);
+    const int64_t n = plan.items();
+    for (int64_t i = 0, index = first; i < n; ++i, index = index + 1 == n ? 0 : index + 1)
+      if (progress.take(index)) range(index);
+  }
 };
-
-// body(call, 0), ..., body(call, n - 1) in parallel.
-template <void (Call::*Body)(int64_t) const>
-void each(ParallelFor parallel, int64_t n, const Call& call) {
-  parallel(
-      n, [](void* context, int64_t i) { (static_cast<const Call*>(context)->*Body)(i); }, const_cast<Call*>(&call));
-}
 
 }  // namespace
 
@@ -127,10 +136,10 @@ size_t attend_workspace(const AttendParams& p) {
 void attend(const AttendParams& p, uint8_t* workspace, ParallelFor parallel) {
   const Plan plan(p);
   check(plan);
-  const Call call{plan, kernels(), workspace};
-  each<&Call::start>(parallel, plan.blocks(), call);
-  if (plan.chunks > 1) each<&Call::range>(parallel, plan.items(), call);
-  each<&Call::merge>(parallel, plan.blocks(), call);
+  const Call call{plan, kernels(), workspace, Progress(plan, workspace)};
+  parallel(
+      plan.items(), [](void* context, int64_t i) { static_cast<const Call*>(context)->work(i); },
+      const_cast<Call*>(&call));
 }
 
 }  // namespace kvpack

@@ -11,7 +11,7 @@
 namespace kvpack {
 
 constexpr int64_t kRowBlock = 64;     // query rows of one work item
-constexpr int64_t kChunkTiles = 64;   // tiles of one work item where a call has few items otherwise
+constexpr int64_t kChunkTiles = 32;   // tiles of one work item where a call has few items otherwise
 constexpr int64_t kEnoughItems = 16;  // from this many items on, tile ranges are not split
 
 // [batch, heads, tokens, dim] with strides in bytes; dim is contiguous.
