@@ -135,10 +135,10 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
       if constexpr (Codec::kAsymmetric) middles_of<S, Codec, G>(a.probs, scales, scales + blocks * kTile, bias);
       ready = block;
     }
-    I acc[kPlanes][G][Step];
+    Sums<S, Codec, Side::value, kPlanes * G, Step, kDwords> sums;  // planes of a row side by side
     for (int n = 0; n < kPlanes; ++n)
       for (int g = 0; g < G; ++g)
-        for (int v = 0; v < Step; ++v) acc[n][g][v] = S::splat(S::kValueOffset == 0 ? 0 : begin[n][g]);
+        for (int v = 0; v < Step; ++v) sums.acc[g * kPlanes + n][v] = S::splat(S::kValueOffset == 0 ? 0 : begin[n][g]);
     const auto lane = [&](int u, int v) {
       const int at = v0 + v;
       return base + static_cast<size_t>(u * lane_blocks + at / kPerBlock) * kLines * kLine +
@@ -146,32 +146,35 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     };
     typename decltype(unpack)::Carry carry[Step];
     for (int v = 0; v < Step; ++v) carry[v] = unpack.start(lane(grid.units() - 1, v));
-    [[maybe_unused]] I pairs[G * kPlanes];
-    for (int u = 0; u < grid.units(); ++u) {
-      meet_units<S, Step>(
-          unpack, carry,
-          [&](int v) __attribute__((always_inline)) {
-            const uint8_t* p = lane(u, v);
-            if ((v0 + v) % kPerBlock == 0)
-              for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
-            return p;
-          },
-          [&](int v, auto j, I levels) __attribute__((always_inline)) {
-            if constexpr (Codec::kSignedScales) levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
-            const typename S::Code code = S::expand(levels);
-            const int depth = u * kDwords + j;
-            unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
-              const int g = i / kPlanes, n = i % kPlanes;
-              meet_levels<S, Codec, Side::value, kDwords>(j, acc[n][g][v], pairs[i], code, operand[n][g] + depth);
-            });
-          });
-    }
+    sums.spans(
+        0, grid.units(), [&](int first, int next) __attribute__((always_inline)) {
+          for (int u = first; u < next; ++u) {
+            meet_units<S, Step>(
+                unpack, carry,
+                [&](int v) __attribute__((always_inline)) {
+                  const uint8_t* p = lane(u, v);
+                  if (!std::is_same_v<Codec, LevelBytes> && (v0 + v) % kPerBlock == 0)
+                    for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
+                  return p;
+                },
+                [&](int v, auto j, I levels) __attribute__((always_inline)) {
+                  if constexpr (Codec::kSignedScales)
+                    levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
+                  const typename S::Code code = S::expand(levels);
+                  const int depth = u * kDwords + j;
+                  unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
+                    sums.meet(j, i, v, code, operand[i % kPlanes][i / kPlanes] + depth);
+                  });
+                });
+          }
+        });
     for (int g = 0; g < G; ++g)
       for (int v = 0; v < Step; ++v) {
         float* out = a.out + static_cast<ptrdiff_t>(g) * a.out_stride + sb * 64 + (v0 + v) * S::kLanes;
-        typename S::F sum = S::to_float(acc[0][g][v]);
+        typename S::F sum = S::to_float(sums.acc[g * kPlanes][v]);
         if constexpr (High)
-          sum = S::fma(sum, S::set1(static_cast<float>(S::kProbBase)), S::to_float(acc[kPlanes - 1][g][v]));
+          sum = S::fma(sum, S::set1(static_cast<float>(S::kProbBase)),
+                       S::to_float(sums.acc[g * kPlanes + kPlanes - 1][v]));
         typename S::F before = S::load(out);
         if constexpr (Codec::kAsymmetric) before = S::add(before, S::set1(bias[g]));
         S::store(out, S::fma(sum, S::set1(worth[g]), before));

@@ -5,6 +5,7 @@
 #include "kernels/dense.inl.h"
 #include "kernels/e4m3.inl.h"
 #include "kernels/encode.inl.h"
+#include "kernels/expand.inl.h"
 #include "kernels/gather.inl.h"
 #include "kernels/mean.inl.h"
 #include "kernels/project.inl.h"
@@ -39,6 +40,8 @@ template <class S, class Codec, int G>
 constexpr auto score_of() {
   if constexpr (Codec::kElements)
     return score_e4m3<S, G>;
+  else if constexpr (Codec::kTrellis && S::kExpands)
+    return score_expanded<S, Codec, G>;
   else
     return score<S, typename kvpack::ReadAs<Codec>::type, G>;
 }
@@ -46,6 +49,8 @@ template <class S, class Codec, int G>
 constexpr auto accumulate_of() {
   if constexpr (Codec::kElements)
     return accumulate_e4m3<S, G>;
+  else if constexpr (Codec::kTrellis && S::kExpands)
+    return accumulate_expanded<S, Codec, G>;
   else
     return accumulate<S, typename kvpack::ReadAs<Codec>::type, G>;
 }

@@ -119,8 +119,9 @@ void score(const kvpack::ScoreArgs& a) {
   constexpr int kInFlight = kFit < kPerRow ? kFit : kPerRow;
   using U = Unpacker<S, Codec, Side::key>;
   const U unpack;
+  constexpr bool kExpanded = std::is_same_v<Codec, LevelBytes>;  // the tile itself was read, and more prefetched
   constexpr int kDwords = U::kDwords, kLines = U::kLines;
-  constexpr int kSharers = unit_sharers(Codec::kBits);
+  constexpr int kSharers = unit_sharers(Codec::kBits), kUnit = level_unit<S, Codec, Side::key>();
   constexpr int kRowDwords = static_cast<int>(sizeof(QueryRow) / 4) * (Codec::kAsymmetric ? kKeyGroups : 1);
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   [[maybe_unused]] QueryRow own[Codec::kAsymmetric ? G : 1][kKeyGroups];
@@ -139,10 +140,10 @@ void score(const kvpack::ScoreArgs& a) {
       const int32_t *operands = rows->operand[level], *offsets = rows->offset[level];
       const float* units_of = rows->scale[level];
       for (int sb = 0; sb < blocks; ++sb) {
-        I acc[G][kInFlight];
+        Sums<S, Codec, Side::key, G, kInFlight, kDwords> sums;
         for (int g = 0; g < G; ++g)
-          for (int v = 0; v < kInFlight; ++v) acc[g][v] = S::splat(key_begin<S, Codec>(offsets[g * kRowDwords + sb]));
-        [[maybe_unused]] I pairs[G];
+          for (int v = 0; v < kInFlight; ++v)
+            sums.acc[g][v] = S::splat(key_begin<S, Codec>(offsets[g * kRowDwords + sb]));
         const auto lane = [&](int u, int v) {
           const int at = v0 + v;
           return a.tile.codes + (static_cast<size_t>(u) * 4 + static_cast<size_t>(at / kPerBlock)) * kLines * kLine +
@@ -159,7 +160,7 @@ void score(const kvpack::ScoreArgs& a) {
         const auto meet = [&](int v, auto j, int dword, I levels) __attribute__((always_inline)) {
           const typename S::Code code = S::expand(levels);
           unrolled<G>([&](int g) __attribute__((always_inline)) {
-            meet_levels<S, Codec, Side::key, kDwords>(j, acc[g][v], pairs[g], code, operands + g * kRowDwords + dword);
+            sums.meet(j, g, v, code, operands + g * kRowDwords + dword);
           });
         };
         const int end = (sb + 1) * units < grid.units() ? (sb + 1) * units : grid.units();
@@ -169,36 +170,44 @@ void score(const kvpack::ScoreArgs& a) {
           carry[v] = kDwords >= 8 && parts != 0
                          ? unpack.start_shared(lane(last, v), shared_lane(parts - 1, v), share(v))
                          : unpack.start(lane(last, v));
+        sums.spans(
+            sb * units, end, [&](int first, int next) __attribute__((always_inline)) {
 #pragma GCC unroll 1
-        for (int u = sb * units; u < end; ++u) {
-          meet_units<S, kInFlight>(
-              unpack, carry,
-              [&](int v) __attribute__((always_inline)) {
-                const uint8_t* p = lane(u, v);
-                if (level == 0 && (v0 + v) % kPerBlock == 0)
-                  for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
-                return p;
-              },
-              [&](int v, auto j, I levels) __attribute__((always_inline)) { meet(v, j, u * kDwords + j, levels); });
-        }
+              for (int u = first; u < next; ++u) {
+                meet_units<S, kInFlight>(
+                    unpack, carry,
+                    [&](int v) __attribute__((always_inline)) {
+                      const uint8_t* p = lane(u, v);
+                      if (!kExpanded && level == 0 && (v0 + v) % kPerBlock == 0)
+                        for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
+                      return p;
+                    },
+                    [&](int v, auto j, I levels)
+                        __attribute__((always_inline)) { meet(v, j, u * kDwords + j, levels); });
+              }
+            });
         if constexpr (kDwords >= 8)  // units that lane blocks share, the last ones: each meets its own share
           for (int part = 0; part < (sb == blocks - 1 ? parts : 0); ++part)
-            unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
-              const uint8_t* p = shared_lane(part, v);
-              if (level == 0 && (v0 + v) % (kSharers * kPerBlock) == 0)
-                for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
-              unpack.shared(
-                  p, share(v), carry[v], [&](auto j, I levels) __attribute__((always_inline)) {
-                    meet(v, j, end * kDwords + part * 4 + j, levels);
+            sums.spans(
+                part, part + 1, [&](int, int) __attribute__((always_inline)) {
+                  unrolled<kInFlight>([&](int v) __attribute__((always_inline)) {
+                    const uint8_t* p = shared_lane(part, v);
+                    if (level == 0 && (v0 + v) % (kSharers * kPerBlock) == 0)
+                      for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
+                    unpack.shared(
+                        p, share(v), carry[v], [&](auto j, I levels) __attribute__((always_inline)) {
+                          meet(v, j, end * kDwords + part * 4 + j, levels);
+                        });
                   });
-            });
+                });
         for (int v = 0; v < kInFlight; ++v) {
           const int token = (v0 + v) * S::kLanes;
           [[maybe_unused]] auto scale = S::zero();
           if constexpr (!Codec::kAsymmetric) scale = load_scales<S>(a.tile.scales + sb * kTile + token);
+          if constexpr (kUnit != 1) scale = S::mul(scale, S::set1(static_cast<float>(kUnit)));
           for (int g = 0; g < G; ++g) {
             float* out = a.scores + g * kTile + token;
-            const auto sum = S::to_float(acc[g][v]), unit = S::set1(units_of[g * kRowDwords + sb]);
+            const auto sum = S::to_float(sums.acc[g][v]), unit = S::set1(units_of[g * kRowDwords + sb]);
             if constexpr (Codec::kAsymmetric) {
               S::store(out, S::fma(sum, unit, level == 0 && sb == 0 ? S::set1(bias[key_group][g]) : S::load(out)));
             } else {

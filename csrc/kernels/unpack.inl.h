@@ -5,8 +5,8 @@
 // of the kDwords dwords of what was loaded. shared() is for a unit of which each of two or four lane blocks has a share
 // (format.h); it calls use(j, levels) for the four dwords of one.
 #pragma once
-#include "codecs/all.h"
 #include "kernels/blocking.inl.h"
+#include "kernels/levels.inl.h"
 #include "kvpack/format.h"
 
 namespace {
@@ -38,86 +38,6 @@ struct UnitLines {
   }
 };
 
-// The largest number that divides all levels of a codebook. Values are read in units of it: small levels leave room for
-// probabilities where sums of two products could saturate (AVX2; of tq1 and tq2).
-template <class Codec>
-constexpr int common_factor() {
-  int factor = 0;
-  for (const int level : Codec::kLevels.level)
-    for (int rest = level < 0 ? -level : level; rest != 0;) {
-      const int next = factor % rest;
-      factor = rest;
-      rest = next;
-    }
-  return factor == 0 ? 1 : factor;
-}
-template <class Codec, kvpack::Side Sd>
-constexpr kvpack::LevelTable read_levels() {
-  kvpack::LevelTable t = Codec::kLevels;
-  for (int8_t& level : t.level)
-    level = static_cast<int8_t>(level / (Sd == kvpack::Side::value ? common_factor<Codec>() : 1));
-  return t;
-}
-
-// The largest size of a level of values, as it is read.
-template <class Codec>
-constexpr int largest_level() {
-  if constexpr (Codec::kBits == 8 || Codec::kTrellis) return 128;
-  if constexpr (Codec::kBits == 5) return 16;
-  if constexpr (Codec::kBits != 8 && Codec::kBits != 5 && !Codec::kTrellis) {
-    int largest = 0;
-    for (int i = 0; i < 1 << Codec::kBits; ++i) {
-      const int level = Codec::kLevels.level[i];
-      largest = level > largest ? level : -level > largest ? -level : largest;
-    }
-    return largest / common_factor<Codec>();
-  }
-}
-
-// Sums of pairs of products that are added in 16 bits before they are widened; 1: none are. Of keys, the products are
-// of codes, which are never negative, with bytes up to 127; of values, of levels with bytes up to 255.
-template <class S, class Codec, kvpack::Side Sd>
-constexpr int pair_sums() {
-  constexpr int kFactor = Sd == kvpack::Side::key ? common_factor<Codec>() : 1;
-  constexpr int kPair =
-      Sd == kvpack::Side::key ? 2 * 2 * kFactor * largest_level<Codec>() * 127 : 2 * largest_level<Codec>() * 255;
-  return !S::kAddsPairs ? 1 : 0x7fff / kPair >= 4 ? 4 : 0x7fff / kPair >= 2 ? 2 : 1;
-}
-
-// Dword J of a unit's levels meets an operand: into the sums, or into sums of pairs that are widened before they could
-// overflow, and with the last dword of the unit.
-template <class S, class Codec, kvpack::Side Sd, int Dwords, class J>
-[[gnu::always_inline]] inline void meet_levels(J /*dword*/, typename S::I& acc, typename S::I& pairs,
-                                               typename S::Code code, const int32_t* operand) {
-  constexpr int kSums = pair_sums<S, Codec, Sd>();
-  if constexpr (kSums == 1) {
-    acc = S::template dot<Sd>(acc, code, operand);
-  } else {
-    static_assert(S::kOpenLines == 1);  // one lane vector at a time: `pairs` are of one
-    const auto own = S::template dot_pairs<Sd>(code, operand);
-    pairs = J() % kSums == 0 ? own : S::add_pairs(pairs, own);
-    if constexpr (J() % kSums == kSums - 1 || J() == Dwords - 1) acc = S::widen(acc, pairs);
-  }
-}
-
-// What is added to the levels of a side. Negation of a byte with an offset of 128 negates its level.
-template <class S, class Codec, kvpack::Side Sd>
-constexpr int level_offset() {
-  if constexpr (Sd == kvpack::Side::value) return S::kValueOffset;
-  if constexpr (S::kKeyOffset != 0) return Codec::kBits == 5 ? 16 : S::kKeyOffset;
-  return pair_sums<S, Codec, Sd>() > 1 ? common_factor<Codec>() * largest_level<Codec>() : 0;
-}
-
-// Whether quantized queries come with their sums: levels of keys are read with something added to them. Rows hold -128
-// times these.
-template <class S>
-constexpr bool kSumsQueries = S::kKeyOffset != 0 || S::kAddsPairs;
-template <class S, class Codec>
-constexpr int32_t key_begin(int32_t offset) {
-  constexpr int kOffset = level_offset<S, Codec, kvpack::Side::key>();
-  return kOffset == 128 ? offset : (offset >> 7) * kOffset;
-}
-
 // Tables of a codec for one side.
 template <class S, class Codec, kvpack::Side Sd>
 struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
@@ -129,7 +49,7 @@ struct Unpacker : Memoryless<Unpacker<S, Codec, Sd>> {
   static constexpr int kLines = kvpack::unit_lines(kBits);
   using Raw = UnitLines<S, kLines>;
   // With internal linkage: ISA units export nothing but their table.
-  static constexpr kvpack::LevelTable kLevels = read_levels<Codec, Sd>();
+  static constexpr kvpack::LevelTable kLevels = read_levels<S, Codec, Sd>();
   static constexpr auto kBytes = S::template table_bytes<kBits>(kLevels.level, kOffset);
   typename S::template Table<kBits> table = S::template load_table<kBits>(kBytes);
 
@@ -157,7 +77,8 @@ requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<
   [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& /*carry*/) const { return Raw::load(p); }
   template <int>
   [[gnu::always_inline]] typename S::I levels(const Raw& raw) const {
-    return level_offset<S, Codec, Sd>() == 128 ? raw.line[0] : S::flip_sign_bit(raw.line[0]);
+    constexpr bool kAsItIs = std::is_same_v<Codec, LevelBytes> || level_offset<S, Codec, Sd>() == 128;
+    return kAsItIs ? raw.line[0] : S::flip_sign_bit(raw.line[0]);
   }
 };
 

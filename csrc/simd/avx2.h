@@ -2,8 +2,8 @@
 // 16 bits (vpmaddubsw). Of keys, it is the size that is multiplied, their sign goes to the query: a pair is at most
 // 2 * 127 * 128. Probabilities have eight bits, but where levels are large no more than 255 in a pair, so that a pair
 // is at most 255 * 128. vpmaddwd with ones adds pairs of pairs. Where levels are small, keys are codes without a sign,
-// and up to four pairs are added in 16 bits before that: at most 4 * 2 * 31 * 127, or 4 * 2 * 255 * 16 of values. What
-// a policy provides is described in scalar.h.
+// and as many pairs are added in 16 bits before that as fit (kernels/levels.inl.h). What a policy provides is described
+// in scalar.h.
 #pragma once
 #include <immintrin.h>
 
@@ -18,9 +18,10 @@ struct Avx2 {
   using Code = __m256i;
   static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbBase = 128, kKeyOffset = 0, kValueOffset = 0,
                        kOpenLines = 1;
-  static constexpr bool kAddsPairs = true;
+  static constexpr bool kAddsPairs = true, kExpands = true;
 
   static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_vector(uint8_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static I splat(int32_t v) { return _mm256_set1_epi32(v); }
   static I shift_right_16(I v, int n) { return _mm256_srli_epi16(v, n); }
   template <int Mask>
@@ -71,7 +72,7 @@ struct Avx2 {
   }
   [[gnu::always_inline]] static I look_up_128(const Table128& t, I raw) {
     const I low = _mm256_and_si256(raw, _mm256_set1_epi8(0x0f));
-    const I bit4 = _mm256_slli_epi16(raw, 3), bit5 = _mm256_slli_epi16(raw, 2), bit6 = _mm256_slli_epi16(raw, 1);
+    const I bit6 = _mm256_add_epi8(raw, raw), bit5 = _mm256_add_epi8(bit6, bit6), bit4 = _mm256_add_epi8(bit5, bit5);
     const auto pair = [&](int i) {
       return _mm256_blendv_epi8(_mm256_shuffle_epi8(t.part[i], low), _mm256_shuffle_epi8(t.part[i + 1], low), bit4);
     };
@@ -102,20 +103,51 @@ struct Avx2 {
   static F prob_bound(F v) {
     return 2 * 0xff * Largest <= 0x7fff ? v : _mm256_add_ps(v, _mm256_permute_ps(v, 0xB1));
   }
+  // Through asm with GCC, which otherwise loads the operands of several vectors ahead and spills them, and sums too
+  // (hot, score and accumulate of tq3 take 20 % longer, of q5_0 25 %, of tq1 70 %).
   template <kvpack::Side S>
-  static I dot(I acc, Code levels, const int32_t* operand) {
+  [[gnu::always_inline]] static I dot(I acc, Code levels, const int32_t* operand) {
+    const I ones = _mm256_set1_epi16(1), sizes = S == kvpack::Side::key ? _mm256_abs_epi8(levels) : levels;
+#if defined(__GNUC__) && !defined(__clang__)
+    I t;
+    if constexpr (S == kvpack::Side::key)
+      asm("vpbroadcastd %[w], %[t]\n\tvpsignb %[levels], %[t], %[t]\n\tvpmaddubsw %[t], %[sizes], %[t]\n\t"
+          "vpmaddwd %[ones], %[t], %[t]\n\tvpaddd %[t], %[acc], %[acc]"
+          : [acc] "+x"(acc), [t] "=&x"(t)
+          : [w] "m"(*operand), [levels] "x"(levels), [sizes] "x"(sizes), [ones] "x"(ones));
+    else
+      asm("vpbroadcastd %[w], %[t]\n\tvpmaddubsw %[levels], %[t], %[t]\n\tvpmaddwd %[ones], %[t], %[t]\n\t"
+          "vpaddd %[t], %[acc], %[acc]"
+          : [acc] "+x"(acc), [t] "=&x"(t)
+          : [w] "m"(*operand), [levels] "x"(levels), [ones] "x"(ones));
+    return acc;
+#else
     const I w = _mm256_set1_epi32(*operand);
-    const I pairs = S == kvpack::Side::key ? _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(w, levels))
+    const I pairs = S == kvpack::Side::key ? _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(w, levels))
                                            : _mm256_maddubs_epi16(w, levels);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, ones));
+#endif
   }
 
   template <kvpack::Side S>
-  static I dot_pairs(Code code, const int32_t* operand) {
+  [[gnu::always_inline]] static I dot_pairs(I pairs, Code code, const int32_t* operand) {
+#if defined(__GNUC__) && !defined(__clang__)
+    I t;
+    if constexpr (S == kvpack::Side::key)
+      asm("vpbroadcastd %[w], %[t]\n\tvpmaddubsw %[t], %[code], %[t]\n\tvpaddw %[t], %[pairs], %[pairs]"
+          : [pairs] "+x"(pairs), [t] "=&x"(t)
+          : [w] "m"(*operand), [code] "x"(code));
+    else
+      asm("vpbroadcastd %[w], %[t]\n\tvpmaddubsw %[code], %[t], %[t]\n\tvpaddw %[t], %[pairs], %[pairs]"
+          : [pairs] "+x"(pairs), [t] "=&x"(t)
+          : [w] "m"(*operand), [code] "x"(code));
+    return pairs;
+#else
     const I w = _mm256_set1_epi32(*operand);
-    return S == kvpack::Side::key ? _mm256_maddubs_epi16(code, w) : _mm256_maddubs_epi16(w, code);
+    return _mm256_add_epi16(pairs,
+                            S == kvpack::Side::key ? _mm256_maddubs_epi16(code, w) : _mm256_maddubs_epi16(w, code));
+#endif
   }
-  static I add_pairs(I a, I b) { return _mm256_add_epi16(a, b); }
   static I widen(I acc, I pairs) { return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }

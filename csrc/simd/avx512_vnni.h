@@ -14,7 +14,7 @@ struct Avx512Vnni {
   using Code = __m512i;
   static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 128, kValueOffset = 0,
                        kOpenLines = 16;
-  static constexpr bool kAddsPairs = false;
+  static constexpr bool kAddsPairs = false, kExpands = false;
 
   static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I splat(int32_t v) { return _mm512_set1_epi32(v); }

@@ -3,7 +3,8 @@
 #   prefetches: GCC takes a function that does nothing else for one without effects, and drops its calls, unless it was
 #     inlined before it found out
 #   products of bytes, by the instruction KEYS in those of integer scores, and VALUES in those of integer sums
-#   look-ups of levels, by LOOK_UP, in all of these but those of eight and five bits, which need not
+#   look-ups of levels, by LOOK_UP, in all of these but those of eight and five bits, which need not; trellis codes may be
+#     looked up ahead, by expand_levels, whose bytes are then read where they have been prefetched
 # KEYS, VALUES and LOOK_UP are regular expressions.
 set -e
 code=$("$1" -dC --no-show-raw-insn "$2")
@@ -12,20 +13,20 @@ printf '%s\n' "$code" | awk -v keys="^($3)\$" -v values="^($4)\$" -v look_up="^(
   function done() {
     if (name != "") {
       kernels++
-      if (!prefetches) missing("prefetch")
-      if (integer) {
-        if (products < 4) missing("four " product)
-        looked += tables > 0
-        if (tables == 0 && name !~ /kvpack::Q[58]_0/) missing(look_up)
-      }
+      if (!prefetches && !expanded) missing("prefetch")
+      if (integer && products < 4) missing("four " product)
+      looked += tables > 0
+      if ((integer || expands) && tables == 0 && !expanded && name !~ /kvpack::Q[58]_0/) missing(look_up)
     }
     name = ""
   }
   /^[0-9a-f]+ </ {
     done()
-    if (/::((score|accumulate)_fixed_point|score|accumulate_planes|exact_score)</) {
+    if (/::((score|accumulate)_fixed_point|score|accumulate_planes|exact_score|expand_levels)</) {
       name = $0
-      integer = !/::exact_score</
+      expands = /::expand_levels</
+      expanded = /::LevelBytes[,>]/
+      integer = !expands && !/::exact_score</
       product = /::score(_fixed_point)?</ ? keys : values
       prefetches = products = tables = 0
     }
