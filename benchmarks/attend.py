@@ -1,6 +1,7 @@
 """The speed of attention over packed tokens: every codec against torch and our own exact kernel; writes docs/speed.md.
 
-    python benchmarks/attend.py --levels avx512_vbmi,avx2   a quarter of an hour
+    python benchmarks/attend.py                             a quarter of an hour
+    python benchmarks/attend.py --levels avx512_vbmi,avx2   further levels that the processor has, one table each
     python benchmarks/attend.py --contexts 16384 --dims 128 --threads 1 --codecs exact,tq4,tcq3 --doc ""
     python benchmarks/attend.py --queries 2,16,128,512 --contexts 4096,16384 --threads 1 --rounds 5
 

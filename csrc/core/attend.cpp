@@ -80,9 +80,9 @@ void check(const Plan& plan) {
     }
 }
 
-// Work that threads take unit by unit: ranges of tiles, of which blocks have one or several. A thread begins where the
-// pool puts it and goes on in order, so that what it prefetches is what it reads next; at the end of its own units it
-// takes those that others have left. One that is slower, or comes late, does less.
+// Work that threads take item by item: ranges of tiles, of which blocks have one or several. A thread begins where the
+// pool puts it and goes on in order, as ranges of a block prefetch into the next; where another one has begun, it turns
+// to the last items that are left. One that is slower, or comes late, does less.
 struct Call {
   const Plan& plan;
   const KernelTable& k;
@@ -101,8 +101,22 @@ struct Call {
       item.exact();
       state.store(Progress::kStarted, std::memory_order_release);
     }
-    for (int spins = 0; state.load(std::memory_order_acquire) == Progress::kStarting; ++spins)
-      if (spins > 1000) std::this_thread::yield();
+    for (int spins = 0; state.load(std::memory_order_acquire) == Progress::kStarting;) {
+      if (spins < 1000) {
+        ++spins;
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+  // Of a loop that waits for another thread, which may share the core.
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
   }
   void range(int64_t index) const {
     const int64_t block = index / plan.chunks, chunk = index % plan.chunks, begin = chunk * plan.chunk_tiles;
@@ -119,10 +133,13 @@ struct Call {
     if (progress.block[block].fetch_add(1, std::memory_order_acq_rel) == last) merge(plan, k, workspace, block);
   }
   void work(int64_t first) const {
+    if (progress.all_taken()) return;  // the pool calls for every item, and a thread's first call does its share
     const FpControl flush(FpControl::Mode::flush);
     const int64_t n = plan.items();
-    for (int64_t i = 0, index = first; i < n; ++i, index = index + 1 == n ? 0 : index + 1)
-      if (progress.take(index)) range(index);
+    for (int64_t i = first; i < n && progress.take(i); ++i) range(i);
+    for (int64_t i = n - 1; i >= 0; --i)
+      if (progress.take(i)) range(i);
+    progress.set_all_taken();
   }
 };
 

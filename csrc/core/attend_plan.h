@@ -1,5 +1,5 @@
-// How a call of attend is cut into work items, and where they lie in its workspace: queries of the blocks of rows, then
-// what the items leave behind.
+// How a call of attend is cut into work items, and where they lie in its workspace: queries of the blocks of rows, what
+// the items leave behind, and how far they have come.
 #pragma once
 #include <new>
 #include <stdexcept>
@@ -57,12 +57,12 @@ struct Plan {
   int64_t partials() const { return chunks == 1 ? 1 : chunks + 1; }
   size_t block_bytes() const { return query_bytes + rotated_bytes + level_bytes; }
   size_t item_bytes() const { return state_bytes + out_bytes; }
-  // Of what items leave behind, which is followed by their progress.
+  // Behind queries and what items leave.
   size_t progress_at() const {
     return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(blocks() * partials()) * item_bytes();
   }
   size_t bytes() const {
-    return progress_at() + align_up(static_cast<size_t>(blocks()) * 4) + align_up(static_cast<size_t>(items()));
+    return progress_at() + align_up(static_cast<size_t>(blocks()) * 4) + align_up(static_cast<size_t>(items()) + 1);
   }
 };
 
@@ -99,20 +99,23 @@ struct Progress {
   // Of a block: not begun, sinks and exact tokens at work, done; from there on, one more for each range that is done.
   static constexpr int32_t kNone = 0, kStarting = 1, kStarted = 2;
   std::atomic<int32_t>* block;
-  std::atomic<uint8_t>* taken;  // by a thread, per item
+  std::atomic<uint8_t>* taken;  // by a thread, per item; and whether all are
+  int64_t items;
 
-  Progress(const Plan& plan, uint8_t* workspace) {
+  Progress(const Plan& plan, uint8_t* workspace) : items(plan.items()) {
     uint8_t* at = workspace + plan.progress_at();
     block = reinterpret_cast<std::atomic<int32_t>*>(at);
     taken = reinterpret_cast<std::atomic<uint8_t>*>(at + align_up(static_cast<size_t>(plan.blocks()) * 4));
     for (int64_t i = 0; i < plan.blocks(); ++i) new (block + i) std::atomic<int32_t>(kNone);
-    for (int64_t i = 0; i < plan.items(); ++i) new (taken + i) std::atomic<uint8_t>(0);
+    for (int64_t i = 0; i <= items; ++i) new (taken + i) std::atomic<uint8_t>(0);
   }
   // Whether nobody has taken the item before.
   bool take(int64_t item) const {
     std::atomic<uint8_t>& mark = taken[item];
     return mark.load(std::memory_order_relaxed) == 0 && mark.exchange(1, std::memory_order_relaxed) == 0;
   }
+  bool all_taken() const { return taken[items].load(std::memory_order_relaxed) != 0; }
+  void set_all_taken() const { taken[items].store(1, std::memory_order_relaxed); }
 };
 
 }  // namespace kvpack

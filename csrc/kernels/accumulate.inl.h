@@ -153,7 +153,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
                 unpack, carry,
                 [&](int v) __attribute__((always_inline)) {
                   const uint8_t* p = lane(u, v);
-                  if (!std::is_same_v<Codec, LevelBytes> && (v0 + v) % kPerBlock == 0)
+                  if (!kExpanded<Codec> && (v0 + v) % kPerBlock == 0)
                     for (int n = 0; n < kLines; ++n) S::prefetch(a.ahead + (p - a.tile.codes) + n * kLine);
                   return p;
                 },

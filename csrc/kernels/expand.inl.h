@@ -1,11 +1,12 @@
 // Trellis codes of a tile -> bytes of levels in L1, for levels whose registers do not hold a table of 128 beside the
 // accumulators: looked up in a loop of their own, then read as codes of 8 bits are, by kernels that all trellis codecs
-// share.
+// share. The packed tile to come is prefetched here, and nothing by those.
 //
 //   packed lines -> Unpacker -> level bytes, in the lines of codes of 8 bits (format.h): [depth / 4][lane][4]
 //
 // AVX2 (Zen 3), score and accumulate of four query rows of d = 128, hot, ns per token, against looking up between the
-// products: tcq2 40 instead of 43, tcq3 41 (49), tcq4 38 (42), tcq2.5 42 (63), tcq3.5 42 (65).
+// products: tcq2 40 instead of 43, tcq3 41 (49), tcq4 38 (42), tcq2.5 42 (63), tcq3.5 42 (65). Of fewer rows, and with
+// AVX-VNNI, it was not measured.
 //
 // Overflow: as codes of 8 bits (score.inl.h, accumulate.inl.h).
 #pragma once

@@ -9,8 +9,8 @@
 
 namespace {
 
-// The largest number that divides all levels of a codebook. Levels are read in units of it where sums of two products
-// could saturate (AVX2; of tq1 and tq2): small ones leave room for probabilities, and for sums of pairs.
+// The largest number that divides all levels of a codebook (of tq1 100, of tq2 10). Values are read in units of it, and
+// keys where sums of two products could saturate (AVX2): small levels leave room for probabilities and sums of pairs.
 template <class Codec>
 constexpr int common_factor() {
   int factor = 0;
@@ -79,6 +79,8 @@ constexpr int32_t key_begin(int32_t offset) {
 struct LevelBytes : kvpack::CodecDefaults {
   static constexpr int32_t kBits = 8;
 };
+template <class Codec>
+constexpr bool kExpanded = std::is_same_v<Codec, LevelBytes>;
 
 // Integer sums of `Rows` query rows (or planes of them) and `Vectors` lane vectors. In 32 bits, or by way of sums of
 // pairs in 16, which are widened after kSpan units of `Dwords` dwords; where those of a unit do not fit (kSpan 0),
@@ -88,7 +90,7 @@ template <class S, class Codec, kvpack::Side Sd, int Rows, int Vectors, int Dwor
 struct Sums {
   using I = typename S::I;
   static constexpr int kPairs = pair_sums<S, Codec, Sd>(), kSpan = kPairs == 1 ? 0 : kPairs / Dwords;
-  // The most dwords of a unit that are added before they are widened, a power of two.
+  // The most dwords of a unit that are added before they are widened; shares of units have four.
   static constexpr int kWithin = kPairs >= 4 ? 4 : kPairs >= 2 ? 2 : 1;
   I acc[Rows][Vectors];
   I pairs[kPairs == 1 ? 1 : Rows][kSpan == 0 ? 1 : Vectors];

@@ -31,6 +31,7 @@ template <class S>
 
 // The scale of the first level, and what values are multiplied with, from the largest size of a value.
 inline float query_step(float max) { return max / 127.0F; }
+// Those of less than 2^-100 count as 0: from 127 / 2^128 on, it would be infinite.
 inline float query_inverse(float max) { return max > 0x1p-100F ? 127.0F / max : 0.0F; }
 
 template <class S>
@@ -119,9 +120,9 @@ void score(const kvpack::ScoreArgs& a) {
   constexpr int kInFlight = kFit < kPerRow ? kFit : kPerRow;
   using U = Unpacker<S, Codec, Side::key>;
   const U unpack;
-  constexpr bool kExpanded = std::is_same_v<Codec, LevelBytes>;  // the tile itself was read, and more prefetched
   constexpr int kDwords = U::kDwords, kLines = U::kLines;
   constexpr int kSharers = unit_sharers(Codec::kBits), kUnit = level_unit<S, Codec, Side::key>();
+  static_assert(!Codec::kAsymmetric || kUnit == 1);  // it goes into the scales of tokens
   constexpr int kRowDwords = static_cast<int>(sizeof(QueryRow) / 4) * (Codec::kAsymmetric ? kKeyGroups : 1);
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   [[maybe_unused]] QueryRow own[Codec::kAsymmetric ? G : 1][kKeyGroups];
@@ -178,7 +179,7 @@ void score(const kvpack::ScoreArgs& a) {
                     unpack, carry,
                     [&](int v) __attribute__((always_inline)) {
                       const uint8_t* p = lane(u, v);
-                      if (!kExpanded && level == 0 && (v0 + v) % kPerBlock == 0)
+                      if (!kExpanded<Codec> && level == 0 && (v0 + v) % kPerBlock == 0)
                         for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
                       return p;
                     },

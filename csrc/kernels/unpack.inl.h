@@ -77,7 +77,7 @@ requires(Codec::kBits == 8) struct Unpacker<S, Codec, Sd> : Memoryless<Unpacker<
   [[gnu::always_inline]] Raw load(const uint8_t* p, Carry& /*carry*/) const { return Raw::load(p); }
   template <int>
   [[gnu::always_inline]] typename S::I levels(const Raw& raw) const {
-    constexpr bool kAsItIs = std::is_same_v<Codec, LevelBytes> || level_offset<S, Codec, Sd>() == 128;
+    constexpr bool kAsItIs = kExpanded<Codec> || level_offset<S, Codec, Sd>() == 128;
     return kAsItIs ? raw.line[0] : S::flip_sign_bit(raw.line[0]);
   }
 };

@@ -107,7 +107,8 @@ struct Avx2 {
   // (hot, score and accumulate of tq3 take 20 % longer, of q5_0 25 %, of tq1 70 %).
   template <kvpack::Side S>
   [[gnu::always_inline]] static I dot(I acc, Code levels, const int32_t* operand) {
-    const I ones = _mm256_set1_epi16(1), sizes = S == kvpack::Side::key ? _mm256_abs_epi8(levels) : levels;
+    const I ones = _mm256_set1_epi16(1);
+    [[maybe_unused]] const I sizes = _mm256_abs_epi8(levels);
 #if defined(__GNUC__) && !defined(__clang__)
     I t;
     if constexpr (S == kvpack::Side::key)

@@ -3,8 +3,8 @@
 #   prefetches: GCC takes a function that does nothing else for one without effects, and drops its calls, unless it was
 #     inlined before it found out
 #   products of bytes, by the instruction KEYS in those of integer scores, and VALUES in those of integer sums
-#   look-ups of levels, by LOOK_UP, in all of these but those of eight and five bits, which need not; trellis codes may be
-#     looked up ahead, by expand_levels, whose bytes are then read where they have been prefetched
+#   look-ups of levels, by LOOK_UP, in all of these but those of eight and five bits, which need not
+# Trellis codes may be looked up, and tiles to come prefetched, by expand_levels: the kernels that read its bytes do not.
 # KEYS, VALUES and LOOK_UP are regular expressions.
 set -e
 code=$("$1" -dC --no-show-raw-insn "$2")

@@ -4,6 +4,7 @@
 #include "attend_case.h"
 #include "core/fp_control.h"
 #include "kernels/table.h"
+#include "simd/half.h"
 
 namespace {
 
@@ -117,6 +118,56 @@ TEST(largest_sums) {
       c.precision = precision;
       check_case(c, precision == Precision::high ? 2e-5 : 2e-3);
     }
+}
+
+TEST(sums_at_their_bounds) {
+  // Every code is the lowest, or the highest; queries and probabilities are as large as they are quantized to. Sums in
+  // 16 bits would wrap if one more product was added to them.
+  constexpr int32_t kGroup = 4;
+  alignas(64) float query[kGroup * kMaxHeadDim], scores[kGroup * kTile], probs[kGroup * kTile],
+      out[kGroup * kMaxHeadDim];
+  static QueryRow rows[kGroup];
+  const KernelTable& k = kernels();
+  for (const CodecInfo& info : codecs()) {
+    if (info.bits == 0 || info.elements || info.trellis || info.parts > 1) continue;
+    const auto id = static_cast<size_t>(info.id);
+    const int32_t codes = 1 << static_cast<int32_t>(info.bits);
+    for (const int32_t d : {80, 112, 128, 256})
+      for (const Side side : {Side::key, Side::value})
+        for (const bool high : {false, true})
+          for (const float sign : {1.0F, -1.0F}) {
+            inputs::Tile tile(inputs::code_of(info.id), d, side);
+            std::memset(tile.sections().codes, high ? 0xff : 0, tile.layout.code_bytes);
+            // Asymmetric: steps of 1 and zeros that put the middle at 0.
+            const float middle = static_cast<float>(codes - 1) / 2.0F;
+            const size_t scales = tile.layout.scale_bytes / 2, steps = info.asymmetric ? scales / 2 : scales;
+            const bool negative = sign < 0.0F && side == Side::value && (info.name == "q4_0" || info.name == "q5_0");
+            for (size_t i = 0; i < scales; ++i)
+              tile.sections().scales[i] = float_to_half(i >= steps ? -middle : negative ? -1.0F : 1.0F);
+            const double level = info.asymmetric ? (high ? 1.0 : -1.0) * static_cast<double>(middle)
+                                                 : reference::level(info, high ? codes - 1 : 0);
+            for (const int32_t group : {1, kGroup})
+              for (const int32_t levels : {1, 2}) {
+                const check::Context context(std::string(info.name) + ", d = " + std::to_string(d));
+                if (side == Side::key) {
+                  std::fill(query, query + group * d, sign);
+                  for (int32_t g = 0; g < group; ++g)
+                    k.quantize_query({query + g * d, d, info.scale_block, levels, rows + g});
+                  k.score[id][group - 1]({rows, query, tile.read(), tile.read().codes, scores, d, 0, levels});
+                  const double want = static_cast<double>(sign) * level * d;
+                  for (int32_t i = 0; i < group * kTile; ++i)
+                    CHECK_LE(std::fabs(static_cast<double>(scores[i]) - want), 1e-3 * std::fabs(want));
+                } else {
+                  std::fill(probs, probs + group * kTile, 1.0F);
+                  std::fill(out, out + group * d, 0.0F);
+                  k.accumulate[id][group - 1]({probs, tile.read(), tile.read().codes, out, d, d, levels, 0});
+                  const double want = (negative ? -1.0 : 1.0) * level * kTile;
+                  for (int32_t i = 0; i < group * d; ++i)
+                    CHECK_LE(std::fabs(static_cast<double>(out[i]) - want), 1e-2 * std::fabs(want));
+                }
+              }
+          }
+  }
 }
 
 TEST(every_element_of_e4m3_is_read) {
