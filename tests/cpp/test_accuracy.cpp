@@ -122,7 +122,7 @@ TEST(largest_sums) {
 
 TEST(sums_at_their_bounds) {
   // Every code is the lowest, or the highest; queries and probabilities are as large as they are quantized to. Sums in
-  // 16 bits would wrap if one more product was added to them.
+  // 16 bits that were allowed twice what fits would wrap.
   constexpr int32_t kGroup = 4;
   alignas(64) float query[kGroup * kMaxHeadDim], scores[kGroup * kTile], probs[kGroup * kTile],
       out[kGroup * kMaxHeadDim];
