@@ -34,61 +34,84 @@ constexpr Dither kDither{};
   __builtin_memcpy(out, byte, sizeof byte);
 }
 
-// Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane. Largest: the largest size of
-// a level. `worth`: of a unit of the integer sums; `begin`: what they begin with. Rows side by side, so that reductions
-// and divisions overlap.
-template <class S, int Largest, int G, bool High, int Operands>
-[[gnu::always_inline]] inline void quantize_probs(const float* probs, const uint16_t* scales, int dither,
-                                                  int32_t (&operand)[High ? 2 : 1][G][Operands], float* worth,
-                                                  int32_t (&begin)[High ? 2 : 1][G]) {
+// Quantized probabilities of the tokens of a tile, for up to `Blocks` blocks of dims that have scales of their own.
+template <int Blocks, int G, bool High>
+struct Weights {
+  static constexpr int kPlanes = High ? 2 : 1;
+  alignas(64) int32_t operand[Blocks][kPlanes][G][kvpack::kTile / 4];
+  float worth[Blocks][4];                              // of a unit of the integer sums
+  [[maybe_unused]] int32_t begin[Blocks][kPlanes][4];  // what they begin with
+};
+
+// Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane, for each of `blocks` rows of
+// scales. Largest: the largest size of a level. In loops of their own: products and their largest, divisions, levels;
+// reductions of a block overlap with the next, as rows do, side by side.
+template <class S, int Largest, int Blocks, int G, bool High>
+[[gnu::always_inline]] inline void quantize_probs(const float* probs, const uint16_t* scales, int dither, int blocks,
+                                                  Weights<Blocks, G, High>& to) {
   using namespace kvpack;
   using F = typename S::F;
   constexpr int kBase = S::kProbBase, kPlanes = High ? 2 : 1;
   // Even: the halves of a pair of equal ones are whole.
   constexpr float kSteps = static_cast<float>(High ? 256 * kBase - 2 : 254);
   constexpr int kVectors = kTile / S::kLanes;
-  F product[G][kVectors], top[4];
-  for (int g = 0; g < 4; ++g) top[g] = S::set1(1e-30F);
-  for (int i = 0; i < kVectors; ++i) {
-    const F scale = S::abs(load_scales<S>(scales + i * S::kLanes));
-    unrolled<G>([&](int g) __attribute__((always_inline)) {
-      product[g][i] = S::mul(S::load(probs + g * kTile + i * S::kLanes), scale);
-      top[g] = S::max(top[g], S::template prob_bound<Largest>(product[g][i]));
-    });
-  }
-  float max[4], to_steps[4];
-  S::reduce_max_4(top[0], top[1], top[2], top[3], max);
-  for (int g = 0; g < 4; ++g) to_steps[g] = kSteps / max[g];
-  for (int g = 0; g < G; ++g) worth[g] = max[g] / kSteps;
-  [[maybe_unused]] F sum[kPlanes][4];
-  if constexpr (S::kValueOffset != 0)
-    for (int i = 0; i < 4 * kPlanes; ++i) sum[i / 4][i % 4] = S::zero();
-  const auto put = [&](int n, int g, const F(&v)[kVectors]) __attribute__((always_inline)) {
-    S::store_tile(operand[n][g], v);
-    if constexpr (S::kValueOffset != 0)
-      for (int i = 0; i < kVectors; ++i) sum[n][g] = S::add(sum[n][g], S::truncate(v[i]));
-  };
-  unrolled<G>([&](int g) __attribute__((always_inline)) {
-    const F unit = S::set1(to_steps[g]);
-    F first[kVectors], second[kVectors];
+  if constexpr (Blocks == 1) blocks = 1;
+  F product[G][kVectors];
+  const auto multiply = [&](int block, auto&& use) __attribute__((always_inline)) {
     for (int i = 0; i < kVectors; ++i) {
-      if constexpr (High) {
-        const F whole = S::min(S::round_even(S::mul(product[g][i], unit)), S::set1(kSteps));
-        first[i] = S::truncate(S::mul(whole, S::set1(1.0F / kBase)));
-        second[i] = S::fma(first[i], S::set1(-static_cast<float>(kBase)), whole);
-      } else {
-        first[i] = S::fma(product[g][i], unit, S::load(kDither.u + dither + i * S::kLanes));
+      const F scale = S::abs(load_scales<S>(scales + block * kTile + i * S::kLanes));
+      unrolled<G>([&](int g) __attribute__((always_inline)) {
+        product[g][i] = S::mul(S::load(probs + g * kTile + i * S::kLanes), scale);
+        use(g, i);
+      });
+    }
+  };
+  float max[Blocks][4], to_steps[Blocks][4];
+  for (int block = 0; block < blocks; ++block) {
+    F top[4];
+    for (int g = 0; g < 4; ++g) top[g] = S::set1(1e-30F);
+    multiply(
+        block, [&](int g, int i) __attribute__((always_inline)) {
+          top[g] = S::max(top[g], S::template prob_bound<Largest>(product[g][i]));
+        });
+    S::reduce_max_4(top[0], top[1], top[2], top[3], max[block]);
+  }
+  for (int block = 0; block < blocks; ++block) {
+    store_4(to_steps[block], kSteps / load_4(max[block]));
+    store_4(to.worth[block], load_4(max[block]) * (1.0F / kSteps));
+  }
+  for (int block = 0; block < blocks; ++block) {
+    if constexpr (Blocks > 1) multiply(block, [](int, int) {});
+    [[maybe_unused]] F sum[kPlanes][4];
+    if constexpr (S::kValueOffset != 0)
+      for (int i = 0; i < 4 * kPlanes; ++i) sum[i / 4][i % 4] = S::zero();
+    const auto put = [&](int n, int g, const F(&v)[kVectors]) __attribute__((always_inline)) {
+      S::store_tile(to.operand[block][n][g], v);
+      if constexpr (S::kValueOffset != 0)
+        for (int i = 0; i < kVectors; ++i) sum[n][g] = S::add(sum[n][g], S::truncate(v[i]));
+    };
+    unrolled<G>([&](int g) __attribute__((always_inline)) {
+      const F unit = S::set1(to_steps[block][g]);
+      F first[kVectors], second[kVectors];
+      for (int i = 0; i < kVectors; ++i) {
+        if constexpr (High) {
+          const F whole = S::min(S::round_even(S::mul(product[g][i], unit)), S::set1(kSteps));
+          first[i] = S::truncate(S::mul(whole, S::set1(1.0F / kBase)));
+          second[i] = S::fma(first[i], S::set1(-static_cast<float>(kBase)), whole);
+        } else {
+          first[i] = S::fma(product[g][i], unit, S::load(kDither.u + dither + i * S::kLanes));
+        }
       }
-    }
-    put(0, g, first);
-    if constexpr (High) put(1, g, second);
-  });
-  if constexpr (S::kValueOffset != 0)
-    for (int n = 0; n < kPlanes; ++n) {
-      float total[4];
-      S::reduce_add_4(sum[n][0], sum[n][1], sum[n][2], sum[n][3], total);
-      for (int g = 0; g < G; ++g) begin[n][g] = -S::kValueOffset * static_cast<int32_t>(total[g]);
-    }
+      put(0, g, first);
+      if constexpr (High) put(1, g, second);
+    });
+    if constexpr (S::kValueOffset != 0)
+      for (int n = 0; n < kPlanes; ++n) {
+        float total[4];
+        S::reduce_add_4(sum[n][0], sum[n][1], sum[n][2], sum[n][3], total);
+        for (int g = 0; g < G; ++g) to.begin[block][n][g] = -S::kValueOffset * static_cast<int32_t>(total[g]);
+      }
+  }
 }
 
 // Probabilities times the middles, zero + step * kMiddle, of 64 tokens.
@@ -110,7 +133,6 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   using namespace kvpack;
   using I = typename S::I;
   constexpr int kInFlight = vectors_in_flight<S>(G), kPerBlock = 16 / S::kLanes, kPlanes = High ? 2 : 1;
-  constexpr int kOperands = kTile / 4;
   // Vectors in flight must not straddle scale blocks: they share one operand.
   static_assert(Codec::kScaleBlock == 0 || Codec::kScaleBlock == 32);
   constexpr int kStep = Codec::kScaleBlock == 0 ? kInFlight : (kInFlight * S::kLanes > 32 ? 32 / S::kLanes : kInFlight);
@@ -118,27 +140,40 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   constexpr int kDwords = decltype(unpack)::kDwords, kLines = decltype(unpack)::kLines;
   const CodeGrid grid{Codec::kBits, a.head_dim, kTile};
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
-  alignas(64) int32_t operand[kPlanes][G][kOperands];
-  [[maybe_unused]] int32_t negative[kTile / 4];
-  int32_t begin[kPlanes][G] = {};
-  float worth[G] = {}, bias[4] = {};  // bias: what the middles of an asymmetric block add to its dims
-  int ready = -1;
+  // Blocks of dims whose probabilities are quantized together. Bytes take them one by one: nothing is read from memory
+  // meanwhile, and there is much to read (Zen 5, q8_0: 13 % of the time of attention over cold tiles).
+  constexpr bool kOneByOne = Codec::kScaleBlock != 0 && Codec::kBits == 8;
+  constexpr int kBlocks = Codec::kScaleBlock == 0 || kOneByOne ? 1 : kMaxScaleBlocks;
+  [[maybe_unused]] int32_t negative[Codec::kSignedScales ? kBlocks : 1][kTile / 4];
+  if constexpr (Codec::kSignedScales)
+    for (int block = 0; block < blocks; ++block) sign_bytes(a.tile.scales + block * kTile, negative[block]);
+  Weights<kBlocks, G, High> weights;
+  if constexpr (!kOneByOne)
+    quantize_probs<S, largest_level<Codec>()>(a.probs, a.tile.scales, a.dither, blocks, weights);
+  [[maybe_unused]] int ready = -1;
+  [[maybe_unused]] float bias[Codec::kAsymmetric ? kBlocks : 1][4];  // what the middles of a block add to its dims
+  if constexpr (Codec::kAsymmetric)
+    for (int block = 0; block < blocks; ++block) {
+      const uint16_t* steps = a.tile.scales + block * kTile;
+      middles_of<S, Codec, G>(a.probs, steps, steps + blocks * kTile, bias[block]);
+    }
+  constexpr float kUnit = (Codec::kAsymmetric ? 0.5F : 1.0F) * common_factor<Codec>();
   // `Step` vectors of a superblock, from v0 on.
   const auto step = [&]<int Step>(std::integral_constant<int, Step>, int sb, int v0) __attribute__((always_inline)) {
     const uint8_t* base = a.tile.codes + grid.line(sb, 0, 0);
     const int lane_blocks = grid.lane_blocks(sb), block = blocks == 1 ? 0 : (sb * 64 + v0 * S::kLanes) / 32;
-    if (block != ready) {
-      const uint16_t* scales = a.tile.scales + block * kTile;
-      if constexpr (Codec::kSignedScales) sign_bytes(scales, negative);
-      quantize_probs<S, largest_level<Codec>(), G, High>(a.probs, scales, a.dither, operand, worth, begin);
-      for (int g = 0; g < G; ++g) worth[g] *= (Codec::kAsymmetric ? 0.5F : 1.0F) * common_factor<Codec>();
-      if constexpr (Codec::kAsymmetric) middles_of<S, Codec, G>(a.probs, scales, scales + blocks * kTile, bias);
-      ready = block;
-    }
+    if constexpr (kOneByOne)
+      if (block != ready) {
+        quantize_probs<S, largest_level<Codec>()>(a.probs, a.tile.scales + block * kTile, a.dither, 1, weights);
+        ready = block;
+      }
+    const int own = kOneByOne ? 0 : block;
+    const int32_t* operand = unknown(weights.operand[own][0][0]);
     Sums<S, Codec, Side::value, kPlanes * G, Step, kDwords> sums;  // planes of a row side by side
     for (int n = 0; n < kPlanes; ++n)
       for (int g = 0; g < G; ++g)
-        for (int v = 0; v < Step; ++v) sums.acc[g * kPlanes + n][v] = S::splat(S::kValueOffset == 0 ? 0 : begin[n][g]);
+        for (int v = 0; v < Step; ++v)
+          sums.acc[g * kPlanes + n][v] = S::splat(S::kValueOffset == 0 ? 0 : weights.begin[own][n][g]);
     const auto lane = [&](int u, int v) {
       const int at = v0 + v;
       return base + static_cast<size_t>(u * lane_blocks + at / kPerBlock) * kLines * kLine +
@@ -159,11 +194,11 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
                 },
                 [&](int v, auto j, I levels) __attribute__((always_inline)) {
                   if constexpr (Codec::kSignedScales)
-                    levels = S::negate_bytes(levels, S::splat(negative[u * kDwords + j]));
+                    levels = S::negate_bytes(levels, S::splat(negative[own][u * kDwords + j]));
                   const typename S::Code code = S::expand(levels);
                   const int depth = u * kDwords + j;
                   unrolled<G * kPlanes>([&](int i) __attribute__((always_inline)) {
-                    sums.meet(j, i, v, code, operand[i % kPlanes][i / kPlanes] + depth);
+                    sums.meet(j, i, v, code, operand + (i % kPlanes * G + i / kPlanes) * (kTile / 4) + depth);
                   });
                 });
           }
@@ -176,8 +211,8 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
           sum = S::fma(sum, S::set1(static_cast<float>(S::kProbBase)),
                        S::to_float(sums.acc[g * kPlanes + kPlanes - 1][v]));
         typename S::F before = S::load(out);
-        if constexpr (Codec::kAsymmetric) before = S::add(before, S::set1(bias[g]));
-        S::store(out, S::fma(sum, S::set1(worth[g]), before));
+        if constexpr (Codec::kAsymmetric) before = S::add(before, S::set1(bias[own][g]));
+        S::store(out, S::fma(sum, S::set1(weights.worth[own][g] * kUnit), before));
       }
   };
   for (int sb = 0; sb < grid.superblocks(); ++sb) {

@@ -17,6 +17,14 @@ template <int N, class Body>
   (std::make_integer_sequence<int, N>{});
 }
 
+// The same pointer, of which the compiler knows nothing: what is read through it is read where it is used. GCC would
+// take broadcasts of all operands out of the loop, and spill them.
+template <class T>
+[[gnu::always_inline]] inline const T* unknown(const T* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
 // Vectors of lanes that are in flight together.
 template <class S>
 constexpr int vectors_in_flight(int group) {
@@ -46,6 +54,16 @@ template <class S, int N, class U, class Begin, class Meet>
     });
   });
 }
+
+// A number of each of four query rows.
+using Four = float __attribute__((vector_size(16)));
+using IntFour = int32_t __attribute__((vector_size(16)));
+[[maybe_unused, gnu::always_inline]] inline Four load_4(const float (&p)[4]) {
+  Four v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+[[maybe_unused, gnu::always_inline]] inline void store_4(float (&p)[4], Four v) { __builtin_memcpy(p, &v, sizeof v); }
 
 template <class S>
 [[gnu::always_inline]] inline typename S::F load_scales(const uint16_t* scales) {

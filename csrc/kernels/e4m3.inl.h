@@ -123,17 +123,15 @@ void accumulate_fixed_point(const kvpack::AccumulateArgs& a) {
   using F = typename S::F;
   using Fixed = FixedPoint<S, Side::value>;
   static_assert(S::kLanes == 16 && S::kValueOffset == 0);
-  constexpr int kOperands = kTile / 4;
   const Fixed fixed;
-  alignas(64) int32_t operand[1][G][kOperands];
-  int32_t begin[1][G];
-  float worth[G];
-  quantize_probs<S, 128, G, false>(a.probs, a.tile.scales, a.dither, operand, worth, begin);
+  Weights<1, G, false> weights;
+  quantize_probs<S, 128>(a.probs, a.tile.scales, a.dither, 1, weights);
   for (int first = 0; first < a.head_dim; first += 64) {
     const int dims = a.head_dim - first < 64 ? a.head_dim - first : 64;
     alignas(64) float sums[G][64];
     unrolled<2>([&](auto half) __attribute__((always_inline)) {
       typename Fixed::template Sums<G> acc;
+      const int32_t* operand = unknown(weights.operand[0][0][0]);
       unrolled<4 * G>([&](int i) __attribute__((always_inline)) { acc.plane[i / 2 % 2][i / 4][i % 2] = S::splat(0); });
 #pragma GCC unroll 1
       for (int t = 0; t < kTile; t += 4) {
@@ -143,7 +141,7 @@ void accumulate_fixed_point(const kvpack::AccumulateArgs& a) {
           row[n] = S::load_first_bytes(a.tile.codes + at, dims);
           if (half == 0) S::prefetch(a.ahead + at);
         }
-        acc.template meet<half>(fixed, row, operand[0][0] + t / 4, kOperands);
+        acc.template meet<half>(fixed, row, operand + t / 4, kTile / 4);
       }
       unrolled<2 * G>([&](int i) __attribute__((always_inline)) {
         S::store(sums[i / 2] + (2 * half + i % 2) * S::kLanes, acc.joined(i / 2, i % 2));
@@ -153,7 +151,7 @@ void accumulate_fixed_point(const kvpack::AccumulateArgs& a) {
       F sum[4];
       for (int v = 0; v < 4; ++v) sum[v] = S::load(sums[g] + v * S::kLanes);
       S::restore_order(sum);
-      const F unit = S::set1(worth[g] * Fixed::kStep);
+      const F unit = S::set1(weights.worth[0][g] * Fixed::kStep);
       float* out = a.out + static_cast<ptrdiff_t>(g) * a.out_stride + first;
       unrolled<4>([&](int v) __attribute__((always_inline)) {
         if (v * S::kLanes < dims) S::store(out + v * S::kLanes, S::fma(sum[v], unit, S::load(out + v * S::kLanes)));

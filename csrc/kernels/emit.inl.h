@@ -36,11 +36,17 @@ void accumulate_in_turn(const kvpack::AccumulateArgs& a) {
   }
 }
 
+template <class S, class Codec>
+constexpr bool kExpands = false;
+template <class S, class Codec>
+requires(Codec::kTrellis&& S::kExpandsFrom !=
+         0) constexpr bool kExpands<S, Codec> = kvpack::unit_dwords(Codec::kBits) >= S::kExpandsFrom;
+
 template <class S, class Codec, int G>
 constexpr auto score_of() {
   if constexpr (Codec::kElements)
     return score_e4m3<S, G>;
-  else if constexpr (Codec::kTrellis && S::kExpands)
+  else if constexpr (kExpands<S, Codec>)
     return score_expanded<S, Codec, G>;
   else
     return score<S, typename kvpack::ReadAs<Codec>::type, G>;
@@ -49,7 +55,7 @@ template <class S, class Codec, int G>
 constexpr auto accumulate_of() {
   if constexpr (Codec::kElements)
     return accumulate_e4m3<S, G>;
-  else if constexpr (Codec::kTrellis && S::kExpands)
+  else if constexpr (kExpands<S, Codec>)
     return accumulate_expanded<S, Codec, G>;
   else
     return accumulate<S, typename kvpack::ReadAs<Codec>::type, G>;

@@ -33,6 +33,7 @@ template <class S>
 inline float query_step(float max) { return max / 127.0F; }
 // Those of less than 2^-100 count as 0: from 127 / 2^128 on, it would be infinite.
 inline float query_inverse(float max) { return max > 0x1p-100F ? 127.0F / max : 0.0F; }
+[[maybe_unused]] inline Four query_inverses(Four max) { return max > 0x1p-100F ? 127.0F / max : Four{}; }
 
 template <class S>
 void quantize_query(const kvpack::QuantizeQueryArgs& a) {
@@ -54,8 +55,10 @@ void quantize_query(const kvpack::QuantizeQueryArgs& a) {
 }
 
 // The query rows of each group of 32 asymmetric keys: q times half the steps of the channels, with a scale per 32 of
-// them, as their sizes differ. Leaves in `bias` what the middles of the channels add to every score of the group. Rows
-// side by side, so that reductions overlap.
+// them, as their sizes differ. Leaves in `bias` what the middles of the channels add to every score of the group.
+//
+// In three loops, of products and their largest, of divisions, and of levels: each waits for reductions that those of
+// the next blocks overlap with; rows lie side by side for the same reason.
 template <class S, class Codec, int G>
 [[gnu::always_inline]] inline void quantize_asymmetric_queries(const kvpack::ScoreArgs& a,
                                                                kvpack::QueryRow (&rows)[G][kvpack::kKeyGroups],
@@ -63,50 +66,62 @@ template <class S, class Codec, int G>
   using namespace kvpack;
   using F = typename S::F;
   constexpr int kBlock = Codec::kScaleBlock;
-  alignas(64) float scaled[G][kBlock];
-  F middles[4];
-  const auto block = [&](int n, int sb, int dims, int levels) __attribute__((always_inline)) {
-    const uint16_t* steps = a.tile.scales + n * a.head_dim + sb * kBlock;
-    const uint16_t* zeros = steps + kKeyGroups * a.head_dim;
-    F top[4];
-    for (int g = 0; g < 4; ++g) top[g] = S::zero();
-    for (int i = 0; i < dims; i += S::kLanes) {
-      const F step = load_scales<S>(steps + i), half = S::mul(step, S::set1(0.5F));
-      const F middle = S::fma(step, S::set1(Codec::kMiddle), load_scales<S>(zeros + i));
-      unrolled<G>([&](int g) __attribute__((always_inline)) {
-        const F q = S::load(a.query + g * a.head_dim + sb * kBlock + i), v = S::mul(q, half);
-        S::store(scaled[g] + i, v);
-        top[g] = S::max(top[g], S::abs(v));
-        middles[g] = S::fma(q, middle, middles[g]);
-      });
+  static_assert(kBlock == 32);
+  const int blocks = (a.head_dim + kBlock - 1) / kBlock;
+  const auto dims_of = [&](int sb) { return a.head_dim - sb * kBlock < kBlock ? a.head_dim - sb * kBlock : kBlock; };
+  alignas(64) float scaled[kKeyGroups][G][kMaxHeadDim];
+  float max[kKeyGroups * kMaxScaleBlocks][4], inverse[kKeyGroups * kMaxScaleBlocks][4];
+  for (int n = 0; n < kKeyGroups; ++n) {
+    F middles[4];
+    for (int g = 0; g < 4; ++g) middles[g] = S::zero();
+    for (int sb = 0; sb < blocks; ++sb) {
+      const uint16_t* steps = a.tile.scales + n * a.head_dim + sb * kBlock;
+      const uint16_t* zeros = steps + kKeyGroups * a.head_dim;
+      F top[4];
+      for (int g = 0; g < 4; ++g) top[g] = S::zero();
+      for (int i = 0, dims = dims_of(sb); i < dims; i += S::kLanes) {
+        const F step = load_scales<S>(steps + i), half = S::mul(step, S::set1(0.5F));
+        const F middle = S::fma(step, S::set1(Codec::kMiddle), load_scales<S>(zeros + i));
+        unrolled<G>([&](int g) __attribute__((always_inline)) {
+          const F q = S::load(a.query + g * a.head_dim + sb * kBlock + i), v = S::mul(q, half);
+          S::store(scaled[n][g] + sb * kBlock + i, v);
+          top[g] = S::max(top[g], S::abs(v));
+          middles[g] = S::fma(q, middle, middles[g]);
+        });
+      }
+      S::reduce_max_4(top[0], top[1], top[2], top[3], max[n * blocks + sb]);
     }
-    float max[4], step[4], total[4];
-    S::reduce_max_4(top[0], top[1], top[2], top[3], max);
+    S::reduce_add_4(middles[0], middles[1], middles[2], middles[3], bias[n]);
+  }
+  for (int i = 0; i < kKeyGroups * blocks; ++i) {
+    store_4(inverse[i], query_inverses(load_4(max[i])));
+    Four step = load_4(max[i]) * (1.0F / 127.0F);
+    for (int l = 0; l < a.levels; ++l, step *= 1.0F / 254.0F)
+      for (int g = 0; g < G; ++g) rows[g][i / blocks].scale[l][i % blocks] = step[g];
+  }
+  const auto quantize = [&](int i, int dims, int levels) __attribute__((always_inline)) {
+    const int n = i / blocks, sb = i % blocks;
     F sum[4][kQueryLevels];
     for (int l = 0; l < levels; ++l)
       for (int g = 0; g < 4; ++g) sum[g][l] = S::zero();
-    for (int g = 0; g < 4; ++g) step[g] = query_step(max[g]);
     for (int g = 0; g < G; ++g)
-      quantize_dims<S>(scaled[g], dims, query_inverse(max[g]), levels, sb * kBlock, rows[g][n], sum[g]);
+      quantize_dims<S>(scaled[n][g] + sb * kBlock, dims, inverse[i][g], levels, sb * kBlock, rows[g][n], sum[g]);
     for (int l = 0; l < levels; ++l) {
-      if constexpr (kSumsQueries<S>) S::reduce_add_4(sum[0][l], sum[1][l], sum[2][l], sum[3][l], total);
-      for (int g = 0; g < G; ++g) {
-        rows[g][n].scale[l][sb] = step[g];
-        rows[g][n].offset[l][sb] = kSumsQueries<S> ? -128 * static_cast<int>(total[g]) : 0;
-        step[g] /= 254.0F;
+      IntFour offset{};
+      if constexpr (kSumsQueries<S>) {
+        float total[4];
+        S::reduce_add_4(sum[0][l], sum[1][l], sum[2][l], sum[3][l], total);
+        offset = __builtin_convertvector(load_4(total) * -128.0F, IntFour);
       }
+      for (int g = 0; g < G; ++g) rows[g][n].offset[l][sb] = offset[g];
     }
   };
-  for (int n = 0; n < kKeyGroups; ++n) {
-    for (int g = 0; g < 4; ++g) middles[g] = S::zero();
-    for (int sb = 0; sb * kBlock < a.head_dim; ++sb) {
-      const int left = a.head_dim - sb * kBlock;
-      if (left >= kBlock && a.levels == 1)  // numbers that the compiler knows
-        block(n, sb, kBlock, 1);
-      else
-        block(n, sb, left < kBlock ? left : kBlock, a.levels);
-    }
-    S::reduce_add_4(middles[0], middles[1], middles[2], middles[3], bias[n]);
+  for (int i = 0; i < kKeyGroups * blocks; ++i) {
+    const int dims = dims_of(i % blocks);
+    if (dims == kBlock && a.levels == 1)  // numbers that the compiler knows
+      quantize(i, kBlock, 1);
+    else
+      quantize(i, dims, a.levels);
   }
 }
 

@@ -18,7 +18,8 @@ struct Avx2 {
   using Code = __m256i;
   static constexpr int kLanes = 8, kGroup = 4, kAccumulators = 8, kProbBase = 128, kKeyOffset = 0, kValueOffset = 0,
                        kOpenLines = 1;
-  static constexpr bool kAddsPairs = true, kExpands = true;
+  static constexpr bool kAddsPairs = true;
+  static constexpr int kExpandsFrom = 1;
 
   static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_vector(uint8_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }

@@ -14,9 +14,11 @@ struct Avx512Vnni {
   using Code = __m512i;
   static constexpr int kLanes = 16, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 128, kValueOffset = 0,
                        kOpenLines = 16;
-  static constexpr bool kAddsPairs = false, kExpands = false;
+  static constexpr bool kAddsPairs = false;
+  static constexpr int kExpandsFrom = 1;
 
   static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_vector(uint8_t* p, I v) { _mm512_storeu_si512(p, v); }
   static I splat(int32_t v) { return _mm512_set1_epi32(v); }
   static I shift_right_16(I v, int n) { return _mm512_srli_epi16(v, static_cast<unsigned>(n)); }
   template <int Mask>
@@ -208,7 +210,7 @@ struct Avx512Vnni {
   }
   // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/instructions.sh).
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) {
-    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
   }
 
   static void store_int16(int16_t* p, F v) {
@@ -260,6 +262,8 @@ struct Avx512Vnni {
 // vpermb looks at six index bits, so a field needs no mask: the table is replicated over the bits that are not its
 // own. Fields that end within bit 5 need no shift either, only a table of their own.
 struct Avx512Vbmi : Avx512Vnni {
+  static constexpr int kExpandsFrom = 16;  // the code for all of a unit would not fit the instruction cache
+
   template <int Bits>
   struct TableBytes {
     alignas(64) int8_t at[6 / Bits][64];

@@ -19,7 +19,8 @@ struct Neon {
   using Code = int8x16_t;
   static constexpr int kLanes = 4, kGroup = 4, kAccumulators = 16, kProbBase = 256, kKeyOffset = 0, kValueOffset = 128,
                        kOpenLines = 1;
-  static constexpr bool kAddsPairs = false, kExpands = false;
+  static constexpr bool kAddsPairs = false;
+  static constexpr int kExpandsFrom = 0;
 
   static uint8x16_t bytes(I v) { return vreinterpretq_u8_s32(v); }
   static I from(uint8x16_t v) { return vreinterpretq_s32_u8(v); }

@@ -14,8 +14,8 @@
 //                         codecs that it is another for)
 //   kAddsPairs            dot() goes by sums of pairs of products in 16 bits: where levels are small, dot_pairs() adds
 //                         some of them there (of keys, of codes that are not negative), and widen() makes an end
-//   kExpands              levels of trellis codes are looked up ahead of the products, and put into memory by
-//                         store_vector() (expand.inl.h)
+//   kExpandsFrom          levels of trellis codes are looked up ahead of the products, and put into memory by
+//                         store_vector() (expand.inl.h), where a unit has as many dwords, or more; 0: never
 //   kOpenLines            packed lines that lane vectors may have in registers together (meet_units)
 //   join_bits<A, B>       (a & A) | (b & B) in every byte, of masks that are apart
 //   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
@@ -71,7 +71,8 @@ struct Scalar {
   // One row at a time: code for four would be most of what there is to compile.
   static constexpr int kLanes = 1, kGroup = 1, kAccumulators = 4, kProbBase = 256, kKeyOffset = 0, kValueOffset = 0,
                        kOpenLines = 1;
-  static constexpr bool kAddsPairs = false, kExpands = false;
+  static constexpr bool kAddsPairs = false;
+  static constexpr int kExpandsFrom = 0;
 
   static I load_bytes(const uint8_t* p) {
     I v;
