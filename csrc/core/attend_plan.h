@@ -1,6 +1,7 @@
 // How a call of attend is cut into work items, and where they lie in its workspace: queries of the blocks of rows, what
 // the items leave behind, and how far they have come.
 #pragma once
+#include <algorithm>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -37,9 +38,11 @@ struct Plan {
     rows = group * p.query_tokens;
     block_rows = rows < kRowBlock ? rows : kRowBlock;
     row_blocks = block_rows == 0 ? 0 : (rows + block_rows - 1) / block_rows;
-    const bool split = p.batch * p.kv_heads * row_blocks < kEnoughItems && p.tiles > kChunkTiles;
-    chunks = split ? (p.tiles + kChunkTiles - 1) / kChunkTiles : 1;
-    chunk_tiles = split ? kChunkTiles : p.tiles;
+    const int64_t whole = p.batch * p.kv_heads * row_blocks;
+    const int64_t range = std::clamp(whole * p.tiles / kFineItems, kLeastTiles, kMostTiles);
+    const bool split = whole < kEnoughItems && p.tiles > range;
+    chunks = split ? (p.tiles + range - 1) / range : 1;
+    chunk_tiles = (p.tiles + chunks - 1) / chunks;
     out_width = static_cast<int32_t>(value.rotated ? record.value.width() + p.value_dim : p.value_dim);
     const auto n = static_cast<size_t>(block_rows), d = static_cast<size_t>(p.key_dim);
     key_mean = record.key.center != Center::none;

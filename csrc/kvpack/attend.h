@@ -11,8 +11,10 @@
 namespace kvpack {
 
 constexpr int64_t kRowBlock = 64;     // query rows of one work item
-constexpr int64_t kChunkTiles = 32;   // tiles of one work item where a call has few items otherwise
 constexpr int64_t kEnoughItems = 16;  // from this many items on, tile ranges are not split
+// Otherwise into ranges of as many tiles, so that there are kFineItems if they fit. Each range costs what its first
+// tiles do, in which most tokens stand out and get a finer score: with ranges of 32 tiles 7 % (Zen 5, 16k tokens).
+constexpr int64_t kFineItems = 32, kLeastTiles = 32, kMostTiles = 128;
 
 // [batch, heads, tokens, dim] with strides in bytes; dim is contiguous.
 struct Strided {

@@ -151,6 +151,7 @@ struct Avx512Vnni {
   static F add_to_exponent(F a, F n) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
   }
+  static F scale_by_power(F v, F n) { return _mm512_scalef_ps(v, n); }
   static I count_where_greater(I n, F a, F b) {
     return _mm512_mask_sub_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), n, _mm512_set1_epi32(-1));
   }
@@ -174,6 +175,7 @@ struct Avx512Vnni {
     return bits_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_castps_si512(v))));
   }
   static uint32_t equal_lanes(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static uint32_t greater_lanes(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
   // Strides 8, 4, 2, 1: the partner's value plus or minus our own. The multiplication by +-1 is exact.
   template <int Width>

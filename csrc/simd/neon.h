@@ -170,6 +170,7 @@ struct Neon {
     const uint32_t bit[4] = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(vceqq_f32(a, b), vld1q_u32(bit)));
   }
+  static uint32_t greater_lanes(F a, F b) { return vmaxvq_u32(vcgtq_f32(a, b)); }
   static float reduce_add(F v) { return vaddvq_f32(v); }
   template <int Width>
   static F hadamard_in_lane(F v) {

@@ -34,6 +34,7 @@
 //   max_bits              the larger of two numbers without a sign; a NaN is larger than any
 //   reduce_max_bits       the largest lane in that order
 //   equal_lanes           a bit for each lane where a == b
+//   greater_lanes         not 0 where in some lane a > b
 //   look_up_8             entry n of a table of 8 floats, for n in 0..7
 //   reduce_16             the sum of 16 lanes in the format's order
 //   count_where_greater   n + (a > b ? 1 : 0)
@@ -44,6 +45,7 @@
 //   load_int8             kLanes int8 as floats
 //   reduce_max_4, reduce_add_4  four vectors at once
 //   add_to_exponent       the lowest bits of the second float, as a whole number, to the exponent of the first
+//   scale_by_power        (optional) the first float times 2^n, for a whole number n in the second
 //   load_element<dtype>   kLanes elements as floats; e4m3: in units of kE4m3Unit, subnormals whatever the mode
 //   store_int16           floats below 2^31, rounded half to even, cut off at the range of int16
 //
@@ -198,6 +200,7 @@ struct Scalar {
   static float reduce_max(F v) { return v; }
   static float reduce_max_bits(F v) { return v; }
   static uint32_t equal_lanes(F a, F b) { return a == b ? 1 : 0; }
+  static uint32_t greater_lanes(F a, F b) { return a > b ? 1 : 0; }
   static float reduce_add(F v) { return v; }
   template <int>
   static F hadamard_in_lane(F v) {

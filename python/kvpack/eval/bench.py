@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,9 +132,13 @@ def codec_codes(codec: str, dtype: str) -> tuple[int, int]:
 def _packed(codec: str, shape: BenchShape, query: Tensor, keys: Tensor, values: Tensor, precision: int) -> _Contender:
     from kvpack import ops
 
+    name, _, dtype = codec.partition("@")
+    if dtype:
+        shape = replace(shape, dtype=dtype)
+        query, keys, values = (x.to(torch_dtype(dtype)) for x in (query, keys, values))
     own_keys, own_values, mask = *_random(shape, 1, shape.queries), _mask(shape)
 
-    key, value = codec_codes(codec, shape.dtype)
+    key, value = codec_codes(name, shape.dtype)
     layout = ops.layout(key, shape.head_dim, value, shape.head_dim, shape.kv_heads)
     size, pages = ops.page_bytes(layout), shape.tokens // (TILE * PAGE_TILES)
     counts = torch.full((shape.tokens // TILE,), TILE, dtype=torch.int32)
@@ -253,8 +257,8 @@ def bench_attend(
     precision: int = 0,
     progress: Progress = no_progress,
 ) -> list[BenchRow]:
-    """One step of one layer: torch's attention first, in every way that differs, then `attend` over each codec ("tq4",
-    "tq4/tq3").
+    """One step of one layer: torch's attention first, in every way that differs, then `attend` over each codec: "tq4",
+    "tq4/tq3", or "exact@float16", with elements and a query of a dtype of their own.
     """
     keys, values = _random(shape, 0)
     query = torch.randn(shape.batch, shape.kv_heads * shape.group, shape.queries, shape.head_dim).to(keys.dtype)
