@@ -9,8 +9,8 @@ The last, query tokens with a mask over a packed history, goes to docs/history.m
 cold: every contender walks through copies of its data that are together larger than the processor's caches. All
 contenders run interleaved in one process; printed are medians and, of ratios within a round, the 10th and 90th
 percentile. "torch best" is the fastest of torch's ways in that table. `exact` comes in the dtype of the run and, as
-`exact@float16`, in fp16: neither is the faster one everywhere, so that there is a column for each. The bandwidth is that of torch.dot over vectors
-of float32 of the same total size, in the same process.
+`exact@float16`, in fp16: which is the faster one depends on the processor, so that there is a column for each. The
+bandwidth is that of torch.dot over vectors of float32 of the same total size, in the same process.
 """
 
 from __future__ import annotations
@@ -77,12 +77,16 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--codecs", default="", help="codecs, or KEY/VALUE [default: every codec]")
+    add("--codecs", default="", help="codecs, KEY/VALUE, or exact@DTYPE [default: exact@float16, and every codec]")
     add("--contexts", default="256,4096,16384,65536")
     add("--dims", default="128,64")
     add("--threads", default="1,2")
     add("--levels", default="", help="ISA levels; of those after the first, one table each [default: the active one]")
-    add("--dtype", default="bfloat16", help="of torch's keys and values, of `exact` and of the query")
+    add(
+        "--dtype",
+        default="bfloat16",
+        help="of torch's keys and values, of `exact` and of queries; exact@DTYPE has its own",
+    )
     add("--kv-heads", type=int, default=8)
     add("--group", type=int, default=4, help="query heads of a KV head")
     add("--batch", type=int, default=1)
@@ -99,7 +103,8 @@ def main() -> None:
         doc = ""
     elif doc is None:
         doc = str(ROOT / ("docs/speed.md" if queries == [1] else "docs/history.md"))
-    codecs = options.codecs.split(",") if options.codecs else ["exact@float16", *kvpack.codecs()]
+    second = ["exact@float16"] if options.dtype != "float16" else []
+    codecs = options.codecs.split(",") if options.codecs else [*second, *kvpack.codecs()]
     contexts, dims, threads = (
         [int(x) for x in text.split(",")] for text in (options.contexts, options.dims, options.threads)
     )

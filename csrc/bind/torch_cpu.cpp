@@ -347,6 +347,7 @@ Tensor attend_into(KVPACK_ATTEND_ARGUMENTS, std::optional<Tensor> out_in, std::a
   p.precision = static_cast<Precision>(precision);
   p.sparse_values = static_cast<float>(sparse_values);
   p.unread = unread;
+  p.threads = torch::stable::get_num_threads();
   if (out_in.has_value()) {
     expect(*out_in, {p.batch, p.query_heads, p.query_tokens, p.value_dim}, type, "attend: out");
     if (!out_in->is_contiguous()) fail("attend: out must be contiguous");

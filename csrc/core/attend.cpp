@@ -7,9 +7,11 @@
 // negligible for all rows of a group stay unread. Items leave (max, sum, output) per row; the last one of a block
 // merges the ranges by log-sum-exp, rotates back, and stores. The split depends on the shapes only: results are the
 // same on any number of threads.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -80,9 +82,9 @@ void check(const Plan& plan) {
     }
 }
 
-// Work that threads take item by item: ranges of tiles, of which blocks have one or several. A thread begins where the
-// pool puts it and goes on in order, as ranges of a block prefetch into the next; where another one has begun, it turns
-// to the last items that are left. One that is slower, or comes late, does less.
+// Work that threads take bit by bit: ranges of tiles, of which blocks have one or several, of some neighbouring KV
+// heads. A thread begins where the pool puts it and goes on in order, as ranges prefetch into the next; where another
+// one has begun, it turns to the last that are left. One that is slower, or comes late, does less.
 struct Call {
   const Plan& plan;
   const KernelTable& k;
@@ -118,28 +120,57 @@ struct Call {
     asm volatile("yield");
 #endif
   }
-  void range(int64_t index) const {
-    const int64_t block = index / plan.chunks, chunk = index % plan.chunks, begin = chunk * plan.chunk_tiles;
-    const int64_t end = begin + plan.chunk_tiles;
-    start(block);
-    Item item(plan, k, workspace, block, chunk);
-    if (plan.chunks > 1) {
-      const Partial before(plan, workspace, block, plan.chunks);
-      item.begin(&before);
+  // Items of one range and neighbouring heads: page by page, head by head.
+  void range(int64_t index, int64_t n) const {
+    const int64_t rows = index % plan.row_blocks, head = index / plan.row_blocks % plan.p.kv_heads;
+    const int64_t rest = index / plan.row_blocks / plan.p.kv_heads;
+    const int64_t chunk = rest % plan.chunks, batch = rest / plan.chunks;
+    const int64_t begin = chunk * plan.chunk_tiles, end = std::min(begin + plan.chunk_tiles, plan.p.tiles);
+    const auto block_of = [&](int64_t i) { return (batch * plan.p.kv_heads + head + i) * plan.row_blocks + rows; };
+    std::optional<Item> items[kMostHeads];
+    for (int64_t i = 0; i < n; ++i) {
+      start(block_of(i));
+      Item& item = items[i].emplace(plan, k, workspace, block_of(i), chunk);
+      if (plan.chunks > 1) {
+        const Partial before(plan, workspace, block_of(i), plan.chunks);
+        item.begin(&before);
+      }
+      item.enter(begin);
     }
-    item.tiles(begin, end < plan.p.tiles ? end : plan.p.tiles);
-    item.count();
-    const int32_t last = Progress::kStarted + static_cast<int32_t>(plan.chunks) - 1;
-    if (progress.block[block].fetch_add(1, std::memory_order_acq_rel) == last) merge(plan, k, workspace, block);
+    for (int64_t t = begin, next; t < end; t = next) {
+      next = n == 1 ? end : std::min(t - t % kPageTiles + kPageTiles, end);
+      for (int64_t i = 0; i < n; ++i) items[i]->tiles(t, next, *items[i + 1 < n ? i + 1 : 0], i + 1 < n ? t : next);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      items[i]->count();
+      const int32_t last = Progress::kStarted + static_cast<int32_t>(plan.chunks) - 1;
+      if (progress.block[block_of(i)].fetch_add(1, std::memory_order_acq_rel) == last)
+        merge(plan, k, workspace, block_of(i));
+    }
+  }
+  // Heads that a thread may take together.
+  int64_t most() const {
+    if (plan.row_blocks > 1) return 1;  // rows of a head read its pages one after the other
+    if (plan.p.threads <= 1) return kMostHeads;
+    return std::clamp(progress.left->load(std::memory_order_relaxed) / (2 * plan.p.threads), int64_t{1}, kMostHeads);
   }
   void work(int64_t first) const {
-    if (progress.all_taken()) return;  // the pool calls for every item, and a thread's first call does its share
+    // The pool calls for every item, and a thread's first call does its share.
+    if (progress.left->load(std::memory_order_relaxed) == 0) return;
     const FpControl flush(FpControl::Mode::flush);
-    const int64_t n = plan.items();
-    for (int64_t i = first; i < n && progress.take(i); ++i) range(i);
-    for (int64_t i = n - 1; i >= 0; --i)
-      if (progress.take(i)) range(i);
-    progress.set_all_taken();
+    const int64_t items = plan.items(), heads = plan.p.kv_heads;
+    for (int64_t i = first; i < items && progress.take(i);) {
+      int64_t n = 1;
+      for (const int64_t limit = most(); n < limit && (i + n) % heads != 0 && progress.take(i + n);) ++n;
+      range(i, n);
+      i += n;
+    }
+    for (int64_t i = items - 1; i >= 0; --i) {
+      if (!progress.take(i)) continue;
+      int64_t n = 1;
+      for (const int64_t limit = most(); n < limit && i % heads != 0 && progress.take(i - 1); --i) ++n;
+      range(i, n);
+    }
   }
 };
 

@@ -1,6 +1,7 @@
 // What a work item of attend does: its queries, and the walk over tiles, sinks and exact tokens that leaves a partial
 // result behind (attend.cpp says what a work item is).
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -13,7 +14,7 @@ namespace kvpack {
 
 // Prefetch distance. Measured on Zen 4: 1 to 8 tiles are the same within 5 %. No prefetch costs 65 % at exact, 30 % at
 // tq4, and 80 % at the codecs of blocks, whose values are read two lines of four at a time. Zen 5: 1 to 4 tiles are the
-// same within 3 %, no prefetch doubles the time; hints for L1 are 3 to 8 % faster than those for L2.
+// same within 3 %, no prefetch doubles the time.
 constexpr int64_t kAheadTiles = 2;
 
 // A token with more than this share of a row's probability so far gets its score from one more level of the query.
@@ -89,6 +90,7 @@ struct Item : Block {
   bool masked;                // some score may be hidden, beside those past the end of a tile
   float negligible, notable;  // shares of a row's probability: a tile's, a token's
   int64_t met = 0, unread = 0;
+  int64_t start = 0;  // of the tile to come, in the stream
 
   Item(const Plan& pl, const KernelTable& table, uint8_t* workspace, int64_t block, int64_t partial)
       : Block(pl, table, workspace, block),
@@ -243,17 +245,24 @@ struct Item : Block {
     }
   }
 
-  void tiles(int64_t begin, int64_t end) {
+  // Before tiles(), of which the first is `begin`.
+  void enter(int64_t begin) {
+    for (int64_t r = 0; r < n_rows; ++r) s.state[r].pending = 0.0F;  // exact tokens have no mean
+    start = 0;
+    for (int64_t t = 0; t < begin; ++t) start += p.counts[t];
+  }
+  // Tiles in order, in one or several calls. What comes after them, for prefetches: tiles from then_begin on, of
+  // `then`.
+  void tiles(int64_t begin, int64_t end, const Item& then, int64_t then_begin) {
     alignas(64) float scores[kMaxGroup * kTile];
     float bias[kMaxGroup] = {};
-    for (int64_t r = 0; r < n_rows; ++r) s.state[r].pending = 0.0F;  // exact tokens have no mean
-    int64_t start = 0;
-    for (int64_t t = 0; t < begin; ++t) start += p.counts[t];
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t next = t + kAheadTiles < p.tiles ? t + kAheadTiles : t;
-      const uint8_t *record = tile(t), *coming = tile(next);
-      if (plan.key_mean) prefetch_mean(Side::key, next, static_cast<int32_t>(p.key_dim));
-      if (plan.value_mean) prefetch_mean(Side::value, next, static_cast<int32_t>(p.value_dim));
+      const bool within = t + kAheadTiles < end;
+      const Item& later = within ? *this : then;
+      const int64_t next = within ? t + kAheadTiles : std::min(then_begin + (t + kAheadTiles - end), p.tiles - 1);
+      const uint8_t *record = tile(t), *coming = later.tile(next);
+      if (plan.key_mean) later.prefetch_mean(Side::key, next, static_cast<int32_t>(p.key_dim));
+      if (plan.value_mean) later.prefetch_mean(Side::value, next, static_cast<int32_t>(p.value_dim));
       for (int64_t row = 0; row < n_rows; row += kMaxGroup) {
         const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
         // The first group of rows brings the tile from memory, the others find it in the cache.

@@ -39,7 +39,7 @@ struct Plan {
     block_rows = rows < kRowBlock ? rows : kRowBlock;
     row_blocks = block_rows == 0 ? 0 : (rows + block_rows - 1) / block_rows;
     const int64_t whole = p.batch * p.kv_heads * row_blocks;
-    const int64_t range = std::clamp(whole * p.tiles / kFineItems, kLeastTiles, kMostTiles);
+    const int64_t range = std::clamp(whole * p.tiles / kFineItems, kLeastRange, kMostRange);
     const bool split = whole < kEnoughItems && p.tiles > range;
     chunks = split ? (p.tiles + range - 1) / range : 1;
     chunk_tiles = (p.tiles + chunks - 1) / chunks;
@@ -54,6 +54,7 @@ struct Plan {
     out_bytes = align_up(n * static_cast<size_t>(out_width) * 4);
   }
   int64_t blocks() const { return p.batch * p.kv_heads * row_blocks; }
+  // [batch][range][head][rows]: heads whose parts of a page are neighbours, then rows that read the same.
   int64_t items() const { return blocks() * chunks; }
   // What is left behind per block: one of every range of tiles, and where there are several, one of sinks and exact
   // tokens before them.
@@ -65,7 +66,7 @@ struct Plan {
     return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(blocks() * partials()) * item_bytes();
   }
   size_t bytes() const {
-    return progress_at() + align_up(static_cast<size_t>(blocks()) * 4) + align_up(static_cast<size_t>(items()) + 1);
+    return progress_at() + align_up(static_cast<size_t>(blocks() + 1) * 4) + align_up(static_cast<size_t>(items()));
   }
 };
 
@@ -102,23 +103,26 @@ struct Progress {
   // Of a block: not begun, sinks and exact tokens at work, done; from there on, one more for each range that is done.
   static constexpr int32_t kNone = 0, kStarting = 1, kStarted = 2;
   std::atomic<int32_t>* block;
-  std::atomic<uint8_t>* taken;  // by a thread, per item; and whether all are
-  int64_t items;
+  std::atomic<int32_t>* left;   // items that no thread has taken
+  std::atomic<uint8_t>* taken;  // those that one has
 
-  Progress(const Plan& plan, uint8_t* workspace) : items(plan.items()) {
+  Progress(const Plan& plan, uint8_t* workspace) {
     uint8_t* at = workspace + plan.progress_at();
+    const int64_t blocks = plan.blocks(), items = plan.items();
     block = reinterpret_cast<std::atomic<int32_t>*>(at);
-    taken = reinterpret_cast<std::atomic<uint8_t>*>(at + align_up(static_cast<size_t>(plan.blocks()) * 4));
-    for (int64_t i = 0; i < plan.blocks(); ++i) new (block + i) std::atomic<int32_t>(kNone);
-    for (int64_t i = 0; i <= items; ++i) new (taken + i) std::atomic<uint8_t>(0);
+    left = block + blocks;
+    taken = reinterpret_cast<std::atomic<uint8_t>*>(at + align_up(static_cast<size_t>(blocks + 1) * 4));
+    for (int64_t i = 0; i < blocks; ++i) new (block + i) std::atomic<int32_t>(kNone);
+    new (left) std::atomic<int32_t>(static_cast<int32_t>(items));
+    for (int64_t i = 0; i < items; ++i) new (taken + i) std::atomic<uint8_t>(0);
   }
   // Whether nobody has taken the item before.
   bool take(int64_t item) const {
     std::atomic<uint8_t>& mark = taken[item];
-    return mark.load(std::memory_order_relaxed) == 0 && mark.exchange(1, std::memory_order_relaxed) == 0;
+    if (mark.load(std::memory_order_relaxed) != 0 || mark.exchange(1, std::memory_order_relaxed) != 0) return false;
+    left->fetch_sub(1, std::memory_order_relaxed);
+    return true;
   }
-  bool all_taken() const { return taken[items].load(std::memory_order_relaxed) != 0; }
-  void set_all_taken() const { taken[items].store(1, std::memory_order_relaxed); }
 };
 
 }  // namespace kvpack

@@ -39,8 +39,8 @@ template <int Blocks, int G, bool High>
 struct Weights {
   static constexpr int kPlanes = High ? 2 : 1;
   alignas(64) int32_t operand[Blocks][kPlanes][G][kvpack::kTile / 4];
-  float worth[Blocks][4];                              // of a unit of the integer sums
-  [[maybe_unused]] int32_t begin[Blocks][kPlanes][4];  // what they begin with
+  float worth[Blocks][4];             // of a unit of the integer sums
+  int32_t begin[Blocks][kPlanes][4];  // what they begin with
 };
 
 // Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane, for each of `blocks` rows of
@@ -144,6 +144,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
   // meanwhile, and there is much to read (Zen 5, q8_0: 13 % of the time of attention over cold tiles).
   constexpr bool kOneByOne = Codec::kScaleBlock != 0 && Codec::kBits == 8;
   constexpr int kBlocks = Codec::kScaleBlock == 0 || kOneByOne ? 1 : kMaxScaleBlocks;
+  static_assert(!kOneByOne || (!Codec::kSignedScales && !Codec::kAsymmetric));
   [[maybe_unused]] int32_t negative[Codec::kSignedScales ? kBlocks : 1][kTile / 4];
   if constexpr (Codec::kSignedScales)
     for (int block = 0; block < blocks; ++block) sign_bytes(a.tile.scales + block * kTile, negative[block]);

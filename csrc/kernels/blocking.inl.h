@@ -1,5 +1,5 @@
-// What the kernels of the read path share: register blocking of those that keep accumulators of a group of rows, and
-// the loading of fp16 scales.
+// What the kernels of the read path share: register blocking of those that keep accumulators of a group of rows,
+// numbers of four rows, and the loading of fp16 scales.
 #pragma once
 #include <utility>
 
@@ -17,8 +17,8 @@ template <int N, class Body>
   (std::make_integer_sequence<int, N>{});
 }
 
-// The same pointer, of which the compiler knows nothing: what is read through it is read where it is used. GCC would
-// take broadcasts of all operands out of the loop, and spill them.
+// The same pointer, of which the compiler knows nothing: nothing is read through it before this. GCC would take
+// broadcasts of all operands out of the loop around it, and spill them.
 template <class T>
 [[gnu::always_inline]] inline const T* unknown(const T* p) {
   asm volatile("" : "+r"(p));

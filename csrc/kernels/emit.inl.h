@@ -37,10 +37,8 @@ void accumulate_in_turn(const kvpack::AccumulateArgs& a) {
 }
 
 template <class S, class Codec>
-constexpr bool kExpands = false;
-template <class S, class Codec>
-requires(Codec::kTrellis&& S::kExpandsFrom !=
-         0) constexpr bool kExpands<S, Codec> = kvpack::unit_dwords(Codec::kBits) >= S::kExpandsFrom;
+constexpr bool kExpands = Codec::kTrellis&& S::kExpandsFrom != 0 &&
+                          kvpack::unit_dwords(Codec::kBits) >= S::kExpandsFrom;
 
 template <class S, class Codec, int G>
 constexpr auto score_of() {

@@ -1,12 +1,16 @@
-// Trellis codes of a tile -> bytes of levels in L1, for levels whose registers do not hold a table of 128 beside the
-// accumulators: looked up in a loop of their own, then read as codes of 8 bits are, by kernels that all trellis codecs
-// share. The packed tile to come is prefetched here, and nothing by those.
+// Trellis codes of a tile -> bytes of levels in L1, where a kernel that looks levels up between its products is no
+// good: its registers do not hold a table of 128 beside the accumulators (AVX2, AVX-512 without VBMI), or the code for
+// a unit of 16 dwords does not fit the instruction cache beside that of the other side (VBMI, half bits). Levels are
+// looked up in a loop of their own, then read as codes of 8 bits are, by kernels that all trellis codecs share. The
+// packed tile to come is prefetched here, and nothing by those.
 //
 //   packed lines -> Unpacker -> level bytes, in the lines of codes of 8 bits (format.h): [depth / 4][lane][4]
 //
-// AVX2 (Zen 3), score and accumulate of four query rows of d = 128, hot, ns per token, against looking up between the
-// products: tcq2 40 instead of 43, tcq3 41 (49), tcq4 38 (42), tcq2.5 42 (63), tcq3.5 42 (65). Of fewer rows, and with
-// AVX-VNNI, it was not measured.
+// Score and accumulate of four query rows of d = 128, hot, ns per token, against looking up between the products. AVX2
+// (Zen 3): tcq2 40 instead of 43, tcq3 41 (49), tcq4 38 (42), tcq2.5 42 (63), tcq3.5 42 (65). AVX-512 (Zen 5, with
+// softmax between them): without VBMI tcq1 9.5 (13), tcq2 9.2 (9.5), tcq3 9.3 (11.7), tcq4 9.2 (9.2), tcq2.5 9.7
+// (16.9), tcq3.5 9.7 (14.5); with it tcq2.5 5.4 (7.8), but tcq3 5.5 (4.8). Of fewer rows, and with AVX-VNNI, it was not
+// measured.
 //
 // Overflow: as codes of 8 bits (score.inl.h, accumulate.inl.h).
 #pragma once

@@ -25,7 +25,9 @@ typename S::F exp2_nonpositive(typename S::F x) {
     p = S::fma(p, f, S::set1(6.93121791e-1F));
     return S::fma(p, f, S::set1(9.99999285e-1F));
   };
-  if constexpr (ScalesByPowers<S>) {  // denormals are flushed (core/fp_control.h)
+  if constexpr (ScalesByPowers<S>) {
+    // Of n below -149 nothing is left, and of denormals neither, as attention flushes them (core/fp_control.h); -inf
+    // would become NaN.
     const F clamped = S::max(x, S::set1(-200.0F)), n = S::round_even(clamped);
     return S::scale_by_power(power(S::sub(clamped, n)), n);
   } else {
@@ -51,6 +53,14 @@ void softcap(float* scores, int32_t n, float cap) {
 // log2(x), x >= 0, at most 0.09 too low; far below everything for 0.
 inline float rough_log2(float x) { return static_cast<float>(float_bits(x)) * 0x1p-23F - 127.0F; }
 
+// What scores without their bias are notable above, where anything is, and the maximum without it. A row's fate must
+// not depend on its neighbours, so that both tests of a score are the same comparisons.
+inline float notable_above(const kvpack::SoftmaxArgs& a, int g) {
+  const kvpack::SoftmaxRow& row = a.rows[g];
+  return row.max + rough_log2(a.notable * (row.sum + row.elsewhere)) - a.bias[g];
+}
+inline float maximum(const kvpack::SoftmaxArgs& a, int g) { return a.rows[g].max - a.bias[g]; }
+
 // Where some score may be a new maximum, or notable: rows with notable ones, in bits. If there are none, what has been
 // accumulated is scaled to the new maxima.
 template <class S, int G>
@@ -58,25 +68,23 @@ template <class S, int G>
   using namespace kvpack;
   float max[4];
   S::reduce_max_4(top[0], top[1], top[2], top[3], max);
-  for (int g = 0; g < G; ++g) max[g] += a.bias[g];
   uint32_t notable = 0;
-  for (int g = 0; g < G && a.notable > 0.0F; ++g) {
-    const SoftmaxRow& row = a.rows[g];
-    if (max[g] - row.max > rough_log2(a.notable * (row.sum + row.elsewhere))) notable |= 1U << g;
-  }
+  for (int g = 0; g < G && a.notable > 0.0F; ++g)
+    if (max[g] > notable_above(a, g)) notable |= 1U << g;
   if (notable != 0) return notable;
   for (int g = 0; g < G; ++g) {
     SoftmaxRow& row = a.rows[g];
-    if (!(max[g] > row.max)) continue;
+    if (!(max[g] > maximum(a, g))) continue;
     // Nothing has been accumulated yet where the old maximum is -inf.
-    const float shrink = row.max == -__builtin_inff() ? 0.0F : __builtin_exp2f(row.max - max[g]);
+    const float grown = max[g] + a.bias[g],
+                shrink = row.max == -__builtin_inff() ? 0.0F : __builtin_exp2f(row.max - grown);
     float* out = a.out + static_cast<ptrdiff_t>(g) * a.out_stride;
     const auto k = S::set1(shrink);
     for (int i = 0; i < a.out_stride; i += S::kLanes) S::store(out + i, S::mul(S::load(out + i), k));
     row.sum *= shrink;
     row.elsewhere *= shrink;
     row.pending *= shrink;
-    row.max = max[g];
+    row.max = grown;
   }
   return 0;
 }
@@ -94,9 +102,9 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
                     __attribute__((always_inline)) { top[g] = S::max(top[g], S::load(a.scores + g * kTile + t)); });
   uint32_t over = 0;
   for (int g = 0; g < G; ++g) {
-    const SoftmaxRow& row = a.rows[g];
-    const float share = a.notable > 0.0F ? rough_log2(a.notable * (row.sum + row.elsewhere)) : 0.0F;
-    over |= S::greater_lanes(top[g], S::set1(row.max + (share < 0.0F ? share : 0.0F) - a.bias[g]));
+    float bound = maximum(a, g);
+    if (a.notable > 0.0F && notable_above(a, g) < bound) bound = notable_above(a, g);
+    over |= S::greater_lanes(top[g], S::set1(bound));
   }
   if (over != 0) {
     const uint32_t notable = raise_maxima<S, G>(a, top);
@@ -104,7 +112,7 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
   }
   F base[G], sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
   // Where every token so far is masked, scores are -inf, and so must be what 2^x is taken of.
-  for (int g = 0; g < G; ++g) base[g] = S::set1(a.rows[g].max == -__builtin_inff() ? 0.0F : a.rows[g].max - a.bias[g]);
+  for (int g = 0; g < G; ++g) base[g] = S::set1(a.rows[g].max == -__builtin_inff() ? 0.0F : maximum(a, g));
   for (int t = 0; t < kTile; t += S::kLanes)
     unrolled<G>([&](int g) __attribute__((always_inline)) {
       float* s = a.scores + g * kTile + t;

@@ -210,6 +210,7 @@ struct Avx512Vnni {
     const __m128 ab = max_of_pairs(fold_max(a), fold_max(b)), cd = max_of_pairs(fold_max(c), fold_max(d));
     _mm_storeu_ps(out, _mm_max_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
   }
+  // Into L1: 3 to 8 % faster than into L2 on Zen 5 (cold tiles); on Zen 4 only L2 was measured.
   // Inlined before GCC finds that it has no effects, and drops its calls (tests/cpp/instructions.sh).
   [[gnu::always_inline]] static void prefetch(const uint8_t* p) {
     _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);

@@ -183,6 +183,7 @@ class Problem {
     AttendParams p = params(out.data());
     p.precision = precision;
     p.unread = unread;
+    p.threads = parallel == serial_for ? 1 : 4;
     Bytes workspace(attend_workspace(p));
     attend(p, workspace.data(), parallel);
     return out;

@@ -299,6 +299,21 @@ TEST(order_of_work_items_does_not_matter) {
     }
 }
 
+TEST(ranges_may_begin_within_a_page) {
+  // 12 KV heads and 100 tiles: three ranges of 34, 34 and 32 tiles each.
+  Case c;
+  c.batch = 1;
+  c.kv_heads = c.query_heads = 12;
+  c.query_tokens = 1;
+  c.counts.assign(100, kTile);
+  c.key_codec = default_code(codecs()[5], Dtype::f32, Center::tile);
+  c.value_codec = default_code(codecs()[4], Dtype::f32, Center::mean);
+  check_case(c);
+  const Problem problem(c);
+  CHECK(problem.run(threads_for) == problem.run());
+  CHECK(problem.run(reversed_for) == problem.run());
+}
+
 TEST(workspace_and_output_bounds) {
   constexpr size_t kCanary = 256;
   for (const int64_t group : {1, 3, 16})

@@ -94,13 +94,15 @@ def test_bench_attend_is_right_before_it_is_timed(monkeypatch: pytest.MonkeyPatc
 def test_bench_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benches, "COLD_BYTES", 1)
     shape = benches.BenchShape(context=256, kv_heads=1, group=2, head_dim=64)
-    rows = benches.bench_attend(["tq4", "tq4/tq3"], shape, rounds=2)
+    rows = benches.bench_attend(["exact@float32", "tq4", "tq4/tq3"], shape, rounds=2)
     rows += benches.bench_encode(["tq4"], shape, rounds=2)
     assert [(row.what, row.codec) for row in rows] == [
         ("attend", "torch"), ("attend", "torch, grouped"), ("attend", "torch, matmul"),
-        ("attend", "tq4"), ("attend", "tq4/tq3"), ("encode", "torch"), ("encode", "tq4"),
+        ("attend", "exact@float32"), ("attend", "tq4"), ("attend", "tq4/tq3"), ("encode", "torch"), ("encode", "tq4"),
     ]  # fmt: skip
     assert all(row.ratio.median == 1.0 for row in rows if row.codec == "torch")
+    read = rows[3].gigabytes_per_second * rows[3].microseconds.median * 1e3
+    assert read == pytest.approx(2 * 256 * 64 * 4)  # as float32, in a run of bfloat16
     assert all(math.isfinite(row.microseconds.median) and row.gigabytes_per_second > 0 for row in rows)
     with pytest.raises(ValueError, match="unknown codec"):
         benches.bench_attend(["nope"], shape)

@@ -61,7 +61,8 @@ class BenchShape:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """what: attend or encode. microseconds: per call (one layer). ratio: torch's time over this one's.
+    """what: attend or encode. dtype: of the run; "exact@float16" has its own. microseconds: per call (one layer).
+    ratio: torch's time over this one's.
 
     gigabytes_per_second: of what is read (attend: keys and values as stored; encode: the dense input).
     """
