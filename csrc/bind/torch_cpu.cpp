@@ -346,15 +346,14 @@ Tensor attend_into(KVPACK_ATTEND_ARGUMENTS, std::optional<Tensor> out_in, std::a
   p.causal = causal;
   p.precision = static_cast<Precision>(precision);
   p.sparse_values = static_cast<float>(sparse_values);
-  p.unread = unread;
   p.threads = torch::stable::get_num_threads();
+  p.unread = unread;
   if (out_in.has_value()) {
     expect(*out_in, {p.batch, p.query_heads, p.query_tokens, p.value_dim}, type, "attend: out");
     if (!out_in->is_contiguous()) fail("attend: out must be contiguous");
   }
-  Tensor out = out_in.has_value()
-                   ? *out_in
-                   : torch::stable::new_empty(query, {p.batch, p.query_heads, p.query_tokens, p.value_dim}, type);
+  const int64_t shape[] = {p.batch, p.query_heads, p.query_tokens, p.value_dim};
+  Tensor out = out_in.has_value() ? *out_in : torch::stable::new_empty(query, shape, type);
   p.out = static_cast<uint8_t*>(out.mutable_data_ptr());
   if (out.numel() == 0) return out;
   Tensor workspace = torch::stable::new_empty(query, {static_cast<int64_t>(attend_workspace(p))}, ScalarType::Byte);

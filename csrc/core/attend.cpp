@@ -150,7 +150,7 @@ struct Call {
   }
   // Heads that a thread may take together.
   int64_t most() const {
-    if (plan.row_blocks > 1) return 1;  // rows of a head read its pages one after the other
+    if (plan.block_rows > kFewRows) return 1;
     if (plan.p.threads <= 1) return kMostHeads;
     return std::clamp(progress.left->load(std::memory_order_relaxed) / (2 * plan.p.threads), int64_t{1}, kMostHeads);
   }

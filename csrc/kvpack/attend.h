@@ -18,8 +18,9 @@ constexpr int64_t kEnoughItems = 16;  // from this many items on, tile ranges ar
 constexpr int64_t kFineItems = 32, kLeastRange = 32, kMostRange = 128;
 // A thread takes the same range of neighbouring KV heads, and reads page by page: their parts of a page lie side by
 // side (Zen 5, 16k tokens, d = 128, against one head after the other: tq4 10 %, q8_0 8 %, tcq3 5 %, exact 5 % faster).
-// Fewer of them where threads would run out of work.
-constexpr int64_t kMostHeads = 8;
+// Fewer of them where threads would run out of work; one alone with more query rows than kFewRows, which wait for
+// products and not for memory, and whose sums would not stay in L2.
+constexpr int64_t kMostHeads = 8, kFewRows = 16;
 
 // [batch, heads, tokens, dim] with strides in bytes; dim is contiguous.
 struct Strided {

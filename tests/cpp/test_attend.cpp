@@ -1,5 +1,5 @@
 // attend() against double precision: codecs, groups, query tokens, head sizes, dtypes, crops; and what must not depend
-// on who runs it: order of work items, contents and bounds of the workspace, the host's floating-point control.
+// on who runs it: contents and bounds of the workspace, the host's floating-point control.
 #include <cfenv>
 
 #include "attend_case.h"
@@ -250,23 +250,6 @@ TEST(element_dtypes_and_memory_order) {
         }
 }
 
-TEST(long_history_is_split_and_merged) {
-  for (const int tiles : {64, 65, 131}) {
-    if (tiles == 131 && check::slow()) continue;
-    for (const Precision precision : kPrecisions) {
-      Case c;
-      c.batch = 1;
-      c.kv_heads = 1;
-      c.query_heads = 2;
-      c.query_tokens = 1;
-      c.counts.assign(static_cast<size_t>(tiles), kTile);
-      c.precision = precision;
-      c.sink_logits = tiles == 65;
-      check_case(c);
-    }
-  }
-}
-
 TEST(sharp_attention) {
   // Scores with a deviation of 4: a few tokens take everything, and errors of scores weigh more.
   for (const auto& [key, value] : {std::pair{5, 4}, std::pair{1, 2}, std::pair{0, 3}})
@@ -278,40 +261,6 @@ TEST(sharp_attention) {
       c.precision = precision;
       check_case(c);
     }
-}
-
-TEST(order_of_work_items_does_not_matter) {
-  for (const int tiles : {3, 70})
-    for (const Precision precision : kPrecisions) {
-      Case c;
-      c.batch = tiles == 3 ? 2 : 1;
-      c.query_tokens = tiles == 3 ? 40 : 2;
-      c.counts.assign(static_cast<size_t>(tiles), kTile);
-      c.counts.back() = 20;
-      c.precision = precision;
-      c.sink_logits = true;
-      const check::Context context(describe(c));
-      const Problem problem(c);
-      const Bytes serial = problem.run();
-      CHECK(problem.run() == serial);
-      CHECK(problem.run(reversed_for) == serial);
-      CHECK(problem.run(threads_for) == serial);
-    }
-}
-
-TEST(ranges_may_begin_within_a_page) {
-  // 12 KV heads and 100 tiles: three ranges of 34, 34 and 32 tiles each.
-  Case c;
-  c.batch = 1;
-  c.kv_heads = c.query_heads = 12;
-  c.query_tokens = 1;
-  c.counts.assign(100, kTile);
-  c.key_codec = default_code(codecs()[5], Dtype::f32, Center::tile);
-  c.value_codec = default_code(codecs()[4], Dtype::f32, Center::mean);
-  check_case(c);
-  const Problem problem(c);
-  CHECK(problem.run(threads_for) == problem.run());
-  CHECK(problem.run(reversed_for) == problem.run());
 }
 
 TEST(workspace_and_output_bounds) {

@@ -1,0 +1,63 @@
+// Work items of attend(): ranges of tiles, and that the order in which threads take them does not matter.
+#include "attend_case.h"
+
+namespace {
+
+using namespace kvpack;
+using namespace attend_case;
+using inputs::default_code;
+
+const Precision kPrecisions[] = {Precision::standard, Precision::high};
+
+}  // namespace
+
+TEST(long_history_is_split_and_merged) {
+  for (const int tiles : {64, 65, 131}) {
+    if (tiles == 131 && check::slow()) continue;
+    for (const Precision precision : kPrecisions) {
+      Case c;
+      c.batch = 1;
+      c.kv_heads = 1;
+      c.query_heads = 2;
+      c.query_tokens = 1;
+      c.counts.assign(static_cast<size_t>(tiles), kTile);
+      c.precision = precision;
+      c.sink_logits = tiles == 65;
+      check_case(c);
+    }
+  }
+}
+
+TEST(order_of_work_items_does_not_matter) {
+  for (const int tiles : {3, 70})
+    for (const Precision precision : kPrecisions) {
+      Case c;
+      c.batch = tiles == 3 ? 2 : 1;
+      c.query_tokens = tiles == 3 ? 40 : 2;
+      c.counts.assign(static_cast<size_t>(tiles), kTile);
+      c.counts.back() = 20;
+      c.precision = precision;
+      c.sink_logits = true;
+      const check::Context context(describe(c));
+      const Problem problem(c);
+      const Bytes serial = problem.run();
+      CHECK(problem.run() == serial);
+      CHECK(problem.run(reversed_for) == serial);
+      CHECK(problem.run(threads_for) == serial);
+    }
+}
+
+TEST(ranges_may_begin_within_a_page) {
+  // 12 KV heads and 100 tiles: three ranges of 34, 34 and 32 tiles each.
+  Case c;
+  c.batch = 1;
+  c.kv_heads = c.query_heads = 12;
+  c.query_tokens = 1;
+  c.counts.assign(100, kTile);
+  c.key_codec = default_code(codecs()[5], Dtype::f32, Center::tile);
+  c.value_codec = default_code(codecs()[4], Dtype::f32, Center::mean);
+  check_case(c);
+  const Problem problem(c);
+  CHECK(problem.run(threads_for) == problem.run());
+  CHECK(problem.run(reversed_for) == problem.run());
+}
