@@ -10,7 +10,8 @@ cold: every contender walks through copies of its data that are together larger 
 contenders run interleaved in one process; printed are medians and, of ratios within a round, the 10th and 90th
 percentile. "torch best" is the fastest of torch's ways in that table. `exact` comes in the dtype of the run and, as
 `exact@float16`, in fp16: which is the faster one depends on the processor, so that there is a column for each. The
-bandwidth is that of torch.dot over vectors of float32 of the same total size, in the same process.
+bandwidth is that of torch.dot over vectors of float32 of the same total size, before or after the table, whichever is
+more.
 """
 
 from __future__ import annotations
@@ -115,11 +116,12 @@ def main() -> None:
     for level, count, sizes, lengths in runs:
         isa.use(level)
         torch.set_num_threads(count)
-        memory = bandwidth()
         for dim, context, query in itertools.product(sizes, lengths, queries):
             heads = (options.kv_heads, options.group)
             shape = BenchShape(context, *heads, dim, options.batch, options.dtype, query)
+            memory = bandwidth()
             rows = bench_attend(codecs, shape, rounds=options.rounds)
+            memory = max(memory, bandwidth())
             head = f"**{context} tokens, d = {dim}, threads: {count}**, bandwidth {memory / 1e9:.1f} GB/s"
             if (*heads, options.batch) != (8, 4, 1):
                 head += f", {heads[0]} KV heads with {heads[1]} query heads each, batch {options.batch}"

@@ -83,27 +83,27 @@ void check(const Plan& plan) {
 }
 
 // Work that threads take bit by bit: ranges of tiles, of which blocks have one or several, of some neighbouring KV
-// heads. A thread begins where the pool puts it and goes on in order, as ranges prefetch into the next; where another
-// one has begun, it turns to the last that are left. One that is slower, or comes late, does less.
+// heads. A thread begins where the pool puts it and goes on in order; where another one has begun, it turns to the last
+// that are left. One that is slower, or comes late, does less.
 struct Call {
   const Plan& plan;
   const KernelTable& k;
   uint8_t* workspace;
   const Progress progress;
 
-  // Queries, sinks and exact tokens of a block, before its ranges: by the first that needs them. The others wait for
-  // it, as it is at work.
+  // Queries, sinks and exact tokens of a block, before its ranges: by the first that comes for them.
   void start(int64_t block) const {
-    std::atomic<int32_t>& state = progress.block[block];
     int32_t none = Progress::kNone;
-    if (state.compare_exchange_strong(none, Progress::kStarting, std::memory_order_relaxed)) {
-      const Item item(plan, k, workspace, block, plan.partials() - 1);
-      item.prepare();
-      item.begin(nullptr);
-      item.exact();
-      state.store(Progress::kStarted, std::memory_order_release);
-    }
-    for (int spins = 0; state.load(std::memory_order_acquire) == Progress::kStarting;) {
+    if (!progress.block[block].compare_exchange_strong(none, Progress::kStarting, std::memory_order_relaxed)) return;
+    const Item item(plan, k, workspace, block, plan.partials() - 1);
+    item.prepare();
+    item.begin(nullptr);
+    item.exact();
+    progress.block[block].store(Progress::kStarted, std::memory_order_release);
+  }
+  // For the thread that is at it.
+  void wait_for(int64_t block) const {
+    for (int spins = 0; progress.block[block].load(std::memory_order_acquire) == Progress::kStarting;) {
       if (spins < 1000) {
         ++spins;
         pause();
@@ -128,8 +128,9 @@ struct Call {
     const int64_t begin = chunk * plan.chunk_tiles, end = std::min(begin + plan.chunk_tiles, plan.p.tiles);
     const auto block_of = [&](int64_t i) { return (batch * plan.p.kv_heads + head + i) * plan.row_blocks + rows; };
     std::optional<Item> items[kMostHeads];
+    for (int64_t i = 0; i < n; ++i) start(block_of(i));  // those that nobody is at, before there is one to wait for
     for (int64_t i = 0; i < n; ++i) {
-      start(block_of(i));
+      wait_for(block_of(i));
       Item& item = items[i].emplace(plan, k, workspace, block_of(i), chunk);
       if (plan.chunks > 1) {
         const Partial before(plan, workspace, block_of(i), plan.chunks);
@@ -148,28 +149,35 @@ struct Call {
         merge(plan, k, workspace, block_of(i));
     }
   }
-  // Heads that a thread may take together.
-  int64_t most() const {
+  // How many of `heads` neighbours a thread takes together: as alike as can be.
+  int64_t share(int64_t heads) const {
+    static_assert(kFewRows <= kRowBlock);  // there is one block of rows, then
     if (plan.block_rows > kFewRows) return 1;
-    if (plan.p.threads <= 1) return kMostHeads;
-    return std::clamp(progress.left->load(std::memory_order_relaxed) / (2 * plan.p.threads), int64_t{1}, kMostHeads);
+    const int64_t left = progress.left->load(std::memory_order_relaxed), threads = std::max(plan.p.threads, int64_t{1});
+    const int64_t most = threads == 1 ? kMostHeads : std::clamp(left / (2 * threads), int64_t{1}, kMostHeads);
+    const int64_t parts = (heads + most - 1) / most;
+    return (heads + parts - 1) / parts;
   }
   void work(int64_t first) const {
     // The pool calls for every item, and a thread's first call does its share.
-    if (progress.left->load(std::memory_order_relaxed) == 0) return;
+    if (progress.left->load(std::memory_order_relaxed) <= 0) return;
     const FpControl flush(FpControl::Mode::flush);
     const int64_t items = plan.items(), heads = plan.p.kv_heads;
+    const auto run = [&](int64_t lowest, int64_t n) {
+      progress.left->fetch_sub(static_cast<int32_t>(n), std::memory_order_relaxed);
+      range(lowest, n);
+    };
     for (int64_t i = first; i < items && progress.take(i);) {
       int64_t n = 1;
-      for (const int64_t limit = most(); n < limit && (i + n) % heads != 0 && progress.take(i + n);) ++n;
-      range(i, n);
+      for (const int64_t limit = share(heads - i % heads); n < limit && progress.take(i + n);) ++n;
+      run(i, n);
       i += n;
     }
     for (int64_t i = items - 1; i >= 0; --i) {
       if (!progress.take(i)) continue;
       int64_t n = 1;
-      for (const int64_t limit = most(); n < limit && i % heads != 0 && progress.take(i - 1); --i) ++n;
-      range(i, n);
+      for (const int64_t limit = share(i % heads + 1); n < limit && progress.take(i - 1); --i) ++n;
+      run(i, n);
     }
   }
 };

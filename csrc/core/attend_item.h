@@ -259,7 +259,8 @@ struct Item : Block {
     for (int64_t t = begin; t < end; ++t) {
       const bool within = t + kAheadTiles < end;
       const Item& later = within ? *this : then;
-      const int64_t next = within ? t + kAheadTiles : std::min(then_begin + (t + kAheadTiles - end), p.tiles - 1);
+      const int64_t beyond = std::min(t + kAheadTiles - end, t - begin);  // of a single tile, the first
+      const int64_t next = within ? t + kAheadTiles : std::min(then_begin + beyond, p.tiles - 1);
       const uint8_t *record = tile(t), *coming = later.tile(next);
       if (plan.key_mean) later.prefetch_mean(Side::key, next, static_cast<int32_t>(p.key_dim));
       if (plan.value_mean) later.prefetch_mean(Side::value, next, static_cast<int32_t>(p.value_dim));

@@ -66,7 +66,7 @@ struct Plan {
     return static_cast<size_t>(blocks()) * block_bytes() + static_cast<size_t>(blocks() * partials()) * item_bytes();
   }
   size_t bytes() const {
-    return progress_at() + align_up(static_cast<size_t>(blocks() + 1) * 4) + align_up(static_cast<size_t>(items()));
+    return progress_at() + align_up(static_cast<size_t>(blocks()) * 4) + kLine + align_up(static_cast<size_t>(items()));
   }
 };
 
@@ -103,15 +103,16 @@ struct Progress {
   // Of a block: not begun, sinks and exact tokens at work, done; from there on, one more for each range that is done.
   static constexpr int32_t kNone = 0, kStarting = 1, kStarted = 2;
   std::atomic<int32_t>* block;
-  std::atomic<int32_t>* left;   // items that no thread has taken
+  std::atomic<int32_t>* left;   // items that no thread is at, or more
   std::atomic<uint8_t>* taken;  // those that one has
 
   Progress(const Plan& plan, uint8_t* workspace) {
     uint8_t* at = workspace + plan.progress_at();
     const int64_t blocks = plan.blocks(), items = plan.items();
     block = reinterpret_cast<std::atomic<int32_t>*>(at);
-    left = block + blocks;
-    taken = reinterpret_cast<std::atomic<uint8_t>*>(at + align_up(static_cast<size_t>(blocks + 1) * 4));
+    at += align_up(static_cast<size_t>(blocks) * 4);
+    left = reinterpret_cast<std::atomic<int32_t>*>(at);  // in a line of its own
+    taken = reinterpret_cast<std::atomic<uint8_t>*>(at + kLine);
     for (int64_t i = 0; i < blocks; ++i) new (block + i) std::atomic<int32_t>(kNone);
     new (left) std::atomic<int32_t>(static_cast<int32_t>(items));
     for (int64_t i = 0; i < items; ++i) new (taken + i) std::atomic<uint8_t>(0);
@@ -119,9 +120,7 @@ struct Progress {
   // Whether nobody has taken the item before.
   bool take(int64_t item) const {
     std::atomic<uint8_t>& mark = taken[item];
-    if (mark.load(std::memory_order_relaxed) != 0 || mark.exchange(1, std::memory_order_relaxed) != 0) return false;
-    left->fetch_sub(1, std::memory_order_relaxed);
-    return true;
+    return mark.load(std::memory_order_relaxed) == 0 && mark.exchange(1, std::memory_order_relaxed) == 0;
   }
 };
 

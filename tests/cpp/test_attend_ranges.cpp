@@ -61,3 +61,41 @@ TEST(ranges_may_begin_within_a_page) {
   CHECK(problem.run(threads_for) == problem.run());
   CHECK(problem.run(reversed_for) == problem.run());
 }
+
+TEST(rows_of_a_batch_have_ranges_of_their_own) {
+  // Two rows of 3 KV heads and 40 tiles: two ranges of 20 tiles each; a mask, padding, and a mean of each row's values.
+  Case c;
+  c.kv_heads = 3;
+  c.query_heads = 6;
+  c.query_tokens = 1;
+  c.counts.assign(40, kTile);
+  c.counts.back() = 17;
+  c.rows = {0, 3, 70, 70};
+  c.mask = Mask::Kind::boolean;
+  c.value_codec = default_code(codecs()[4], Dtype::f32, Center::mean);
+  check_case(c);
+  const Problem problem(c);
+  CHECK(problem.run(threads_for) == problem.run());
+  CHECK(problem.run(reversed_for) == problem.run());
+}
+
+TEST(unread_values_are_counted_once) {
+  Case c;
+  c.kv_heads = 5;
+  c.query_heads = 10;
+  c.query_tokens = 1;
+  c.counts.assign(40, kTile);
+  c.gain = 4.0F;
+  c.sparse_values = 0.5F;
+  const Problem problem(c);
+  std::atomic<int64_t> serial[2] = {0, 0}, reversed[2] = {0, 0}, threads[2] = {0, 0};
+  const Bytes want = problem.run(serial_for, serial);
+  CHECK(problem.run(reversed_for, reversed) == want);
+  CHECK(problem.run(threads_for, threads) == want);
+  CHECK_EQ(serial[0].load(), int64_t{2 * 5 * 40});
+  CHECK(serial[1].load() > 0);
+  for (int i = 0; i < 2; ++i) {
+    CHECK_EQ(reversed[i].load(), serial[i].load());
+    CHECK_EQ(threads[i].load(), serial[i].load());
+  }
+}
