@@ -248,7 +248,6 @@ struct Item : Block {
   // Before tiles(), of which the first is `begin`.
   void enter(int64_t begin) {
     for (int64_t r = 0; r < n_rows; ++r) s.state[r].pending = 0.0F;  // exact tokens have no mean
-    start = 0;
     for (int64_t t = 0; t < begin; ++t) start += p.counts[t];
   }
   // Tiles in order, in one or several calls. What comes after them, for prefetches: tiles from then_begin on, of

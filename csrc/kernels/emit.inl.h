@@ -37,8 +37,8 @@ void accumulate_in_turn(const kvpack::AccumulateArgs& a) {
 }
 
 template <class S, class Codec>
-constexpr bool kExpands = Codec::kTrellis&& S::kExpandsFrom != 0 &&
-                          kvpack::unit_dwords(Codec::kBits) >= S::kExpandsFrom;
+constexpr bool kExpands = S::kExpandsFrom != 0 &&
+                          (Codec::kTrellis) && kvpack::unit_dwords(Codec::kBits) >= S::kExpandsFrom;
 
 template <class S, class Codec, int G>
 constexpr auto score_of() {

@@ -29,11 +29,17 @@ template <class S>
   }
 }
 
-// The scale of the first level, and what values are multiplied with, from the largest size of a value.
-inline float query_step(float max) { return max / 127.0F; }
+// The scale of the first level, and what values are multiplied with, from the largest size of a value: of a row, or of
+// four.
+template <class T>
+inline T query_step(T max) {
+  return max * (1.0F / 127.0F);
+}
 // Those of less than 2^-100 count as 0: from 127 / 2^128 on, it would be infinite.
-inline float query_inverse(float max) { return max > 0x1p-100F ? 127.0F / max : 0.0F; }
-[[maybe_unused]] inline Four query_inverses(Four max) { return max > 0x1p-100F ? 127.0F / max : Four{}; }
+template <class T>
+inline T query_inverse(T max) {
+  return max > 0x1p-100F ? 127.0F / max : T{};
+}
 
 template <class S>
 void quantize_query(const kvpack::QuantizeQueryArgs& a) {
@@ -94,8 +100,8 @@ template <class S, class Codec, int G>
     S::reduce_add_4(middles[0], middles[1], middles[2], middles[3], bias[n]);
   }
   for (int i = 0; i < kKeyGroups * blocks; ++i) {
-    store_4(inverse[i], query_inverses(load_4(max[i])));
-    Four step = load_4(max[i]) * (1.0F / 127.0F);
+    store_4(inverse[i], query_inverse(load_4(max[i])));
+    Four step = query_step(load_4(max[i]));
     for (int l = 0; l < a.levels; ++l, step *= 1.0F / 254.0F)
       for (int g = 0; g < G; ++g) rows[g][i / blocks].scale[l][i % blocks] = step[g];
   }

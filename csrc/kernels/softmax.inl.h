@@ -102,9 +102,8 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
                     __attribute__((always_inline)) { top[g] = S::max(top[g], S::load(a.scores + g * kTile + t)); });
   uint32_t over = 0;
   for (int g = 0; g < G; ++g) {
-    float bound = maximum(a, g);
-    if (a.notable > 0.0F && notable_above(a, g) < bound) bound = notable_above(a, g);
-    over |= S::greater_lanes(top[g], S::set1(bound));
+    const float max = maximum(a, g), other = a.notable > 0.0F ? notable_above(a, g) : max;
+    over |= S::greater_lanes(top[g], S::set1(other < max ? other : max));
   }
   if (over != 0) {
     const uint32_t notable = raise_maxima<S, G>(a, top);

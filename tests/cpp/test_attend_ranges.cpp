@@ -9,6 +9,15 @@ using inputs::default_code;
 
 const Precision kPrecisions[] = {Precision::standard, Precision::high};
 
+void check_orders(const Case& c) {
+  const check::Context context(describe(c));
+  const Problem problem(c);
+  const Bytes serial = problem.run();
+  CHECK(problem.run() == serial);
+  CHECK(problem.run(reversed_for) == serial);
+  CHECK(problem.run(threads_for) == serial);
+}
+
 }  // namespace
 
 TEST(long_history_is_split_and_merged) {
@@ -38,12 +47,7 @@ TEST(order_of_work_items_does_not_matter) {
       c.counts.back() = 20;
       c.precision = precision;
       c.sink_logits = true;
-      const check::Context context(describe(c));
-      const Problem problem(c);
-      const Bytes serial = problem.run();
-      CHECK(problem.run() == serial);
-      CHECK(problem.run(reversed_for) == serial);
-      CHECK(problem.run(threads_for) == serial);
+      check_orders(c);
     }
 }
 
@@ -57,9 +61,7 @@ TEST(ranges_may_begin_within_a_page) {
   c.key_codec = default_code(codecs()[5], Dtype::f32, Center::tile);
   c.value_codec = default_code(codecs()[4], Dtype::f32, Center::mean);
   check_case(c);
-  const Problem problem(c);
-  CHECK(problem.run(threads_for) == problem.run());
-  CHECK(problem.run(reversed_for) == problem.run());
+  check_orders(c);
 }
 
 TEST(rows_of_a_batch_have_ranges_of_their_own) {
@@ -74,9 +76,7 @@ TEST(rows_of_a_batch_have_ranges_of_their_own) {
   c.mask = Mask::Kind::boolean;
   c.value_codec = default_code(codecs()[4], Dtype::f32, Center::mean);
   check_case(c);
-  const Problem problem(c);
-  CHECK(problem.run(threads_for) == problem.run());
-  CHECK(problem.run(reversed_for) == problem.run());
+  check_orders(c);
 }
 
 TEST(unread_values_are_counted_once) {
