@@ -7,129 +7,11 @@
 // Overflow: |acc| <= 256 dims * 255 * 127 = 8.3e6 < 2^31.
 #pragma once
 #include "kernels/blocking.inl.h"
+#include "kernels/query.inl.h"
 #include "kernels/table.h"
 #include "kernels/unpack.inl.h"
 
 namespace {
-
-// Dims at.. of a query row, times `inv`, -> levels of int8, and per level the sum of their vectors.
-template <class S>
-[[gnu::always_inline]] inline void quantize_dims(const float* q, int dims, float inv, int levels, int at,
-                                                 kvpack::QueryRow& row, typename S::F* sum) {
-  using F = typename S::F;
-  for (int n = 0; n < levels; ++n) sum[n] = S::zero();
-  for (int i = 0; i < dims; i += S::kLanes) {
-    F v = S::mul(S::load(q + i), S::set1(inv));
-    for (int n = 0; n < levels; ++n) {
-      const F level = S::round_even(v);
-      S::store_operand(row.operand[n] + at / 4, i, level);
-      sum[n] = S::add(sum[n], level);
-      v = S::mul(S::sub(v, level), S::set1(254.0F));
-    }
-  }
-}
-
-// The scale of the first level, and what values are multiplied with, from the largest size of a value: of a row, or of
-// four.
-template <class T>
-inline T query_step(T max) {
-  return max * (1.0F / 127.0F);
-}
-// Those of less than 2^-100 count as 0: from 127 / 2^128 on, it would be infinite.
-template <class T>
-inline T query_inverse(T max) {
-  return max > 0x1p-100F ? 127.0F / max : T{};
-}
-
-template <class S>
-void quantize_query(const kvpack::QuantizeQueryArgs& a) {
-  using namespace kvpack;
-  const int block = a.scale_block == 0 ? a.head_dim : a.scale_block;
-  for (int sb = 0; sb * block < a.head_dim; ++sb) {
-    const int left = a.head_dim - sb * block, dims = left < block ? left : block;
-    const float* q = a.query + sb * block;
-    typename S::F top = S::zero(), sum[kQueryLevels];
-    for (int i = 0; i < dims; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
-    const float max = S::reduce_max(top);
-    quantize_dims<S>(q, dims, query_inverse(max), a.levels, sb * block, *a.row, sum);
-    float step = query_step(max);
-    for (int n = 0; n < a.levels; ++n, step /= 254.0F) {
-      a.row->scale[n][sb] = step;
-      a.row->offset[n][sb] = kSumsQueries<S> ? -128 * static_cast<int>(S::reduce_add(sum[n])) : 0;
-    }
-  }
-}
-
-// The query rows of each group of 32 asymmetric keys: q times half the steps of the channels, with a scale per 32 of
-// them, as their sizes differ. Leaves in `bias` what the middles of the channels add to every score of the group.
-//
-// In three loops, of products and their largest, of divisions, and of levels: each waits for reductions that those of
-// the next blocks overlap with; rows lie side by side for the same reason.
-template <class S, class Codec, int G>
-[[gnu::always_inline]] inline void quantize_asymmetric_queries(const kvpack::ScoreArgs& a,
-                                                               kvpack::QueryRow (&rows)[G][kvpack::kKeyGroups],
-                                                               float (&bias)[kvpack::kKeyGroups][4]) {
-  using namespace kvpack;
-  using F = typename S::F;
-  constexpr int kBlock = Codec::kScaleBlock;
-  static_assert(kBlock == 32);
-  const int blocks = (a.head_dim + kBlock - 1) / kBlock;
-  const auto dims_of = [&](int sb) { return a.head_dim - sb * kBlock < kBlock ? a.head_dim - sb * kBlock : kBlock; };
-  alignas(64) float scaled[kKeyGroups][G][kMaxHeadDim];
-  float max[kKeyGroups * kMaxScaleBlocks][4], inverse[kKeyGroups * kMaxScaleBlocks][4];
-  for (int n = 0; n < kKeyGroups; ++n) {
-    F middles[4];
-    for (int g = 0; g < 4; ++g) middles[g] = S::zero();
-    for (int sb = 0; sb < blocks; ++sb) {
-      const uint16_t* steps = a.tile.scales + n * a.head_dim + sb * kBlock;
-      const uint16_t* zeros = steps + kKeyGroups * a.head_dim;
-      F top[4];
-      for (int g = 0; g < 4; ++g) top[g] = S::zero();
-      for (int i = 0, dims = dims_of(sb); i < dims; i += S::kLanes) {
-        const F step = load_scales<S>(steps + i), half = S::mul(step, S::set1(0.5F));
-        const F middle = S::fma(step, S::set1(Codec::kMiddle), load_scales<S>(zeros + i));
-        unrolled<G>([&](int g) __attribute__((always_inline)) {
-          const F q = S::load(a.query + g * a.head_dim + sb * kBlock + i), v = S::mul(q, half);
-          S::store(scaled[n][g] + sb * kBlock + i, v);
-          top[g] = S::max(top[g], S::abs(v));
-          middles[g] = S::fma(q, middle, middles[g]);
-        });
-      }
-      S::reduce_max_4(top[0], top[1], top[2], top[3], max[n * blocks + sb]);
-    }
-    S::reduce_add_4(middles[0], middles[1], middles[2], middles[3], bias[n]);
-  }
-  for (int i = 0; i < kKeyGroups * blocks; ++i) {
-    store_4(inverse[i], query_inverse(load_4(max[i])));
-    Four step = query_step(load_4(max[i]));
-    for (int l = 0; l < a.levels; ++l, step *= 1.0F / 254.0F)
-      for (int g = 0; g < G; ++g) rows[g][i / blocks].scale[l][i % blocks] = step[g];
-  }
-  const auto quantize = [&](int i, int dims, int levels) __attribute__((always_inline)) {
-    const int n = i / blocks, sb = i % blocks;
-    F sum[4][kQueryLevels];
-    for (int l = 0; l < levels; ++l)
-      for (int g = 0; g < 4; ++g) sum[g][l] = S::zero();
-    for (int g = 0; g < G; ++g)
-      quantize_dims<S>(scaled[n][g] + sb * kBlock, dims, inverse[i][g], levels, sb * kBlock, rows[g][n], sum[g]);
-    for (int l = 0; l < levels; ++l) {
-      IntFour offset{};
-      if constexpr (kSumsQueries<S>) {
-        float total[4];
-        S::reduce_add_4(sum[0][l], sum[1][l], sum[2][l], sum[3][l], total);
-        offset = __builtin_convertvector(load_4(total) * -128.0F, IntFour);
-      }
-      for (int g = 0; g < G; ++g) rows[g][n].offset[l][sb] = offset[g];
-    }
-  };
-  for (int i = 0; i < kKeyGroups * blocks; ++i) {
-    const int dims = dims_of(i % blocks);
-    if (dims == kBlock && a.levels == 1)  // numbers that the compiler knows
-      quantize(i, kBlock, 1);
-    else
-      quantize(i, dims, a.levels);
-  }
-}
 
 template <class S, class Codec, int G>
 void score(const kvpack::ScoreArgs& a) {
@@ -144,28 +26,36 @@ void score(const kvpack::ScoreArgs& a) {
   constexpr int kDwords = U::kDwords, kLines = U::kLines;
   constexpr int kSharers = unit_sharers(Codec::kBits), kUnit = level_unit<S, Codec, Side::key>();
   static_assert(!Codec::kAsymmetric || kUnit == 1);  // it goes into the scales of tokens
-  constexpr int kRowDwords = static_cast<int>(sizeof(QueryRow) / 4) * (Codec::kAsymmetric ? kKeyGroups : 1);
+  constexpr int kRowDwords = Codec::kAsymmetric ? AsymmetricRows<G>::kDwords : static_cast<int>(sizeof(QueryRow) / 4);
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
-  [[maybe_unused]] QueryRow own[Codec::kAsymmetric ? G : 1][kKeyGroups];
-  [[maybe_unused]] float bias[kKeyGroups][4];
-  if constexpr (Codec::kAsymmetric) quantize_asymmetric_queries<S, Codec, G>(a, own, bias);
   const CodeGrid grid{Codec::kBits, kTile, a.head_dim};
+  [[maybe_unused]] AsymmetricRows<Codec::kAsymmetric ? G : 1> own;
+  // Half of the lines to come are prefetched meanwhile, those of the first group: prefetches that come in a burst wait
+  // for each other (Zen 5, kivi4: 12 % of the time of attention over cold tiles).
+  if constexpr (Codec::kAsymmetric)
+    quantize_asymmetric_queries<S, Codec, G>(a, own, [&](int step) __attribute__((always_inline)) {
+      // Of head sizes that are no multiple of a block, a few lines more than there are.
+      constexpr int kShare = Codec::kScaleBlock / (4 * kDwords) / kKeyGroups;  // units of a step
+      for (int u = step * kShare; u < (step + 1) * kShare; ++u)
+        for (int n = 0; n < 4 / kKeyGroups * kLines; ++n) S::prefetch(a.ahead + (u * 4 * kLines + n) * kLine);
+    });
   const int parts = grid.parts();
   const int units = blocks == 1 ? grid.units() : Codec::kScaleBlock / (4 * kDwords);  // of a scale block
   const uint8_t* ahead = a.ahead;
   for (int level = a.first; level < a.levels; ++level) {
     for (int v0 = 0; v0 < kVectors; v0 += kInFlight) {
       [[maybe_unused]] const int key_group = v0 / kPerRow;
-      // Those of the first row of the group; the others' are kRowDwords apart.
-      const QueryRow* rows = a.rows;
-      if constexpr (Codec::kAsymmetric) rows = &own[0][key_group];
-      const int32_t *operands = rows->operand[level], *offsets = rows->offset[level];
-      const float* units_of = rows->scale[level];
       for (int sb = 0; sb < blocks; ++sb) {
+        // Of the first row, as if there were all dims; the others' are kRowDwords apart.
+        const int32_t* operands;
+        if constexpr (Codec::kAsymmetric)
+          operands = own.operand[level][key_group][sb][0] - sb * kRowDwords;
+        else
+          operands = a.rows->operand[level];
         Sums<S, Codec, Side::key, G, kInFlight, kDwords> sums;
         for (int g = 0; g < G; ++g)
           for (int v = 0; v < kInFlight; ++v)
-            sums.acc[g][v] = S::splat(key_begin<S, Codec>(offsets[g * kRowDwords + sb]));
+            sums.acc[g][v] = S::splat(Codec::kAsymmetric ? 0 : key_begin<S, Codec>(a.rows[g].offset[level][sb]));
         const auto lane = [&](int u, int v) {
           const int at = v0 + v;
           return a.tile.codes + (static_cast<size_t>(u) * 4 + static_cast<size_t>(at / kPerBlock)) * kLines * kLine +
@@ -200,7 +90,8 @@ void score(const kvpack::ScoreArgs& a) {
                     unpack, carry,
                     [&](int v) __attribute__((always_inline)) {
                       const uint8_t* p = lane(u, v);
-                      if (!kExpanded<Codec> && level == 0 && (v0 + v) % kPerBlock == 0)
+                      if (!kExpanded<Codec> && (!Codec::kAsymmetric || key_group > 0) && level == 0 &&
+                          (v0 + v) % kPerBlock == 0)
                         for (int n = 0; n < kLines; ++n) S::prefetch(ahead + (p - a.tile.codes) + n * kLine);
                       return p;
                     },
@@ -229,11 +120,13 @@ void score(const kvpack::ScoreArgs& a) {
           if constexpr (kUnit != 1) scale = S::mul(scale, S::set1(static_cast<float>(kUnit)));
           for (int g = 0; g < G; ++g) {
             float* out = a.scores + g * kTile + token;
-            const auto sum = S::to_float(sums.acc[g][v]), unit = S::set1(units_of[g * kRowDwords + sb]);
+            const auto sum = S::to_float(sums.acc[g][v]);
             if constexpr (Codec::kAsymmetric) {
-              S::store(out, S::fma(sum, unit, level == 0 && sb == 0 ? S::set1(bias[key_group][g]) : S::load(out)));
+              auto before = level > 0 || sb > 0 ? S::load(out) : S::zero();
+              if (sb == 0) before = S::add(before, S::set1(own.bias[level][key_group][g]));
+              S::store(out, S::fma(sum, S::set1(own.scale[level][key_group][sb][g]), before));
             } else {
-              const auto part = S::mul(sum, scale);
+              const auto part = S::mul(sum, scale), unit = S::set1(a.rows[g].scale[level][sb]);
               S::store(out,
                        level == a.first && sb == 0 && !a.add ? S::mul(part, unit) : S::fma(part, unit, S::load(out)));
             }

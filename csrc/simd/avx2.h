@@ -90,14 +90,15 @@ struct Avx2 {
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
+  template <bool Signed = false>
   static void store_tile(int32_t* operand, const F (&v)[8]) {
     const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (int n = 0; n < 2; ++n) {
       const F* four = v + 4 * n;
       const I low = _mm256_packs_epi32(_mm256_cvttps_epi32(four[0]), _mm256_cvttps_epi32(four[1]));
       const I high = _mm256_packs_epi32(_mm256_cvttps_epi32(four[2]), _mm256_cvttps_epi32(four[3]));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(operand + 8 * n),
-                          _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+      const I bytes = Signed ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(operand + 8 * n), _mm256_permutevar8x32_epi32(bytes, order));
     }
   }
   template <int Largest>
@@ -184,6 +185,7 @@ struct Avx2 {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F max_size(F a, F b) { return max(a, abs(b)); }
   static F max_bits(F a, F b) {
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
   }

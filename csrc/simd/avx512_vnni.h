@@ -88,11 +88,13 @@ struct Avx512Vnni {
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
+  template <bool Signed = false>
   static void store_tile(int32_t* operand, const F (&v)[4]) {
     const I low = _mm512_packs_epi32(_mm512_cvttps_epi32(v[0]), _mm512_cvttps_epi32(v[1]));
     const I high = _mm512_packs_epi32(_mm512_cvttps_epi32(v[2]), _mm512_cvttps_epi32(v[3]));
     const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(operand, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+    const I bytes = Signed ? _mm512_packs_epi16(low, high) : _mm512_packus_epi16(low, high);
+    _mm512_storeu_si512(operand, _mm512_permutexvar_epi32(order, bytes));
   }
   template <int>
   static F prob_bound(F v) {
@@ -135,6 +137,7 @@ struct Avx512Vnni {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F max_size(F a, F b) { return _mm512_range_ps(a, b, 0x0b); }
   static F max_bits(F a, F b) {
     return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
   }

@@ -93,6 +93,7 @@ struct Neon {
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
+  template <bool Signed = false>
   static void store_tile(int32_t* operand, const F (&v)[64 / kLanes]) {
     for (int i = 0; i < 64 / kLanes; ++i) store_operand(operand, i * kLanes, v[i]);
   }
@@ -138,6 +139,7 @@ struct Neon {
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F div(F a, F b) { return vdivq_f32(a, b); }
   static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static F max_size(F a, F b) { return vmaxq_f32(a, vabsq_f32(b)); }
   static F max_bits(F a, F b) {
     return vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)));
   }

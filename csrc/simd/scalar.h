@@ -31,6 +31,7 @@
 //   restore_order         puts lanes of all four into the order of those bytes
 //   load_first_bytes      the first n bytes, of 64; zeros behind them
 //   load_repeated<W>      W floats, over and over
+//   max_size              the larger of a number without a sign and the size of another
 //   max_bits              the larger of two numbers without a sign; a NaN is larger than any
 //   reduce_max_bits       the largest lane in that order
 //   equal_lanes           a bit for each lane where a == b
@@ -41,7 +42,7 @@
 //   store_signed          bytes middle + n, or middle - 1 - n where the sign bit of the float is set
 //   store_operand         kLanes whole numbers (a quantized query or probabilities) from depth `at` of an operand, as
 //                         dot() wants them
-//   store_tile            the operand of the 64 depths of a tile, of floats from 0 to 255, truncated
+//   store_tile<kSigned>   64 bytes of operands, of floats from 0 to 255 or, signed, from -128 to 127, truncated
 //   load_int8             kLanes int8 as floats
 //   reduce_max_4, reduce_add_4  four vectors at once
 //   add_to_exponent       the lowest bits of the second float, as a whole number, to the exponent of the first
@@ -143,6 +144,7 @@ struct Scalar {
   static void store_operand(int32_t* operand, int at, F v) {
     store_low_bytes(reinterpret_cast<uint8_t*>(operand) + at, v);
   }
+  template <bool Signed = false>
   static void store_tile(int32_t* operand, const F (&v)[64 / kLanes]) {
     for (int i = 0; i < 64 / kLanes; ++i) store_operand(operand, i * kLanes, v[i]);
   }
@@ -178,6 +180,7 @@ struct Scalar {
   static F fma(F a, F b, F c) { return std::fma(a, b, c); }
   static F div(F a, F b) { return a / b; }
   static F max(F a, F b) { return a > b ? a : b; }
+  static F max_size(F a, F b) { return max(a, abs(b)); }
   static F max_bits(F a, F b) { return float_bits(a) > float_bits(b) ? a : b; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F abs(F a) { return std::fabs(a); }
