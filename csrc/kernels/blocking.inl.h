@@ -65,6 +65,16 @@ using IntFour = int32_t __attribute__((vector_size(16)));
 }
 [[maybe_unused, gnu::always_inline]] inline void store_4(float (&p)[4], Four v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// v where the mask is set, else 0.
+[[maybe_unused, gnu::always_inline]] inline Four where(IntFour mask, Four v) {
+  IntFour bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  bits &= mask;
+  __builtin_memcpy(&v, &bits, sizeof v);
+  return v;
+}
+[[maybe_unused, gnu::always_inline]] inline Four lesser(Four a, Four b) { return a < b ? a : b; }
+
 template <class S>
 [[gnu::always_inline]] inline typename S::F load_scales(const uint16_t* scales) {
   return S::template load_element<kvpack::Dtype::f16>(reinterpret_cast<const uint8_t*>(scales));

@@ -51,30 +51,67 @@ void softcap(float* scores, int32_t n, float cap) {
 }
 
 // log2(x), x >= 0, at most 0.09 too low; far below everything for 0.
-inline float rough_log2(float x) { return static_cast<float>(float_bits(x)) * 0x1p-23F - 127.0F; }
-
-// What scores without their bias are notable above, where anything is, and the maximum without it. A row's fate must
-// not depend on its neighbours, so that both tests of a score are the same comparisons.
-inline float notable_above(const kvpack::SoftmaxArgs& a, int g) {
-  const kvpack::SoftmaxRow& row = a.rows[g];
-  return row.max + rough_log2(a.notable * (row.sum + row.elsewhere)) - a.bias[g];
+[[maybe_unused, gnu::always_inline]] inline Four rough_log2(Four x) {
+  IntFour bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return __builtin_convertvector(bits, Four) * 0x1p-23F - 127.0F;
 }
-inline float maximum(const kvpack::SoftmaxArgs& a, int g) { return a.rows[g].max - a.bias[g]; }
+
+// The rows of a group, side by side.
+template <int G>
+struct Rows {
+  static_assert(sizeof(kvpack::SoftmaxRow) == sizeof(Four));
+  Four field[4];  // those of SoftmaxRow, of four rows
+  Four bias{};
+
+  [[gnu::always_inline]] explicit Rows(const kvpack::SoftmaxArgs& a) : field{} {
+    // Row by row, as they are stored: one load of several would wait for all those stores, and is taken apart again.
+    for (int g = 0; g < G; ++g) __builtin_memcpy(field + g, unknown(a.rows + g), sizeof(Four));
+    __builtin_memcpy(&bias, a.bias, G * sizeof(float));
+    transpose(field);
+  }
+  [[gnu::always_inline]] void store(const kvpack::SoftmaxArgs& a) const {
+    Four row[4] = {field[0], field[1], field[2], field[3]};
+    transpose(row);
+    for (int g = 0; g < G; ++g) __builtin_memcpy(a.rows + g, row + g, sizeof(Four));
+  }
+  const Four& max() const { return field[0]; }
+  Four& sum() { return field[1]; }
+  Four& pending() { return field[3]; }
+  Four mass() const { return field[1] + field[2]; }  // so far, here and elsewhere
+  // What scores, which are without their bias, are new maxima above, and notable, where anything is. A row's fate must
+  // not depend on its neighbours, so that all tests of a score are these comparisons.
+  Four maximum() const { return max() - bias; }
+  Four notable_above(float notable) const { return max() + rough_log2(notable * mass()) - bias; }
+
+ private:
+  [[gnu::always_inline]] static void transpose(Four (&r)[4]) {
+    const Four low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+    const Four low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+    const Four high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+    const Four high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+    r[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+    r[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+    r[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+    r[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+  }
+};
 
 // Where some score may be a new maximum, or notable: rows with notable ones, in bits. If there are none, what has been
 // accumulated is scaled to the new maxima.
 template <class S, int G>
 [[gnu::noinline]] uint32_t raise_maxima(const kvpack::SoftmaxArgs& a, const typename S::F (&top)[4]) {
   using namespace kvpack;
+  const Rows<G> rows(a);
   float max[4];
   S::reduce_max_4(top[0], top[1], top[2], top[3], max);
   uint32_t notable = 0;
   for (int g = 0; g < G && a.notable > 0.0F; ++g)
-    if (max[g] > notable_above(a, g)) notable |= 1U << g;
+    if (max[g] > rows.notable_above(a.notable)[g]) notable |= 1U << g;
   if (notable != 0) return notable;
   for (int g = 0; g < G; ++g) {
     SoftmaxRow& row = a.rows[g];
-    if (!(max[g] > maximum(a, g))) continue;
+    if (!(max[g] > rows.maximum()[g])) continue;
     // Nothing has been accumulated yet where the old maximum is -inf.
     const float grown = max[g] + a.bias[g],
                 shrink = row.max == -__builtin_inff() ? 0.0F : __builtin_exp2f(row.max - grown);
@@ -100,34 +137,37 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
   for (int t = 0; t < kTile; t += S::kLanes)
     unrolled<G>([&](int g)
                     __attribute__((always_inline)) { top[g] = S::max(top[g], S::load(a.scores + g * kTile + t)); });
+  Rows<G> rows(a);
+  float bound[4];
+  const Four maximum = rows.maximum();
+  store_4(bound, a.notable > 0.0F ? lesser(rows.notable_above(a.notable), maximum) : maximum);
   uint32_t over = 0;
-  for (int g = 0; g < G; ++g) {
-    const float max = maximum(a, g), other = a.notable > 0.0F ? notable_above(a, g) : max;
-    over |= S::greater_lanes(top[g], S::set1(other < max ? other : max));
-  }
+  for (int g = 0; g < G; ++g) over |= S::greater_lanes(top[g], S::set1(bound[g]));
   if (over != 0) {
     const uint32_t notable = raise_maxima<S, G>(a, top);
     if (notable != 0) return {false, notable};
+    rows = Rows<G>(a);
   }
-  F base[G], sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
   // Where every token so far is masked, scores are -inf, and so must be what 2^x is taken of.
-  for (int g = 0; g < G; ++g) base[g] = S::set1(a.rows[g].max == -__builtin_inff() ? 0.0F : maximum(a, g));
+  float base[4];
+  store_4(base, where(rows.max() > -__builtin_inff(), rows.maximum()));
+  F sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
+  float* scores = a.scores;  // which the compiler would read again after every store
   for (int t = 0; t < kTile; t += S::kLanes)
     unrolled<G>([&](int g) __attribute__((always_inline)) {
-      float* s = a.scores + g * kTile + t;
-      const F p = exp2_nonpositive<S>(S::sub(S::load(s), base[g]));
+      float* s = scores + g * kTile + t;
+      const F p = exp2_nonpositive<S>(S::sub(S::load(s), S::set1(base[g])));
       S::store(s, p);
       sum[g] = S::add(sum[g], p);
     });
   float mass[4];
   S::reduce_add_4(sum[0], sum[1], sum[2], sum[3], mass);
+  rows.sum() += load_4(mass);
+  rows.pending() += load_4(mass);
+  rows.store(a);
+  const IntFour less = load_4(mass) <= a.negligible * rows.mass();
   bool negligible = true;
-  for (int g = 0; g < G; ++g) {
-    SoftmaxRow& row = a.rows[g];
-    row.sum += mass[g];
-    row.pending += mass[g];
-    negligible = negligible && mass[g] <= a.negligible * (row.sum + row.elsewhere);
-  }
+  for (int g = 0; g < G; ++g) negligible = negligible && less[g] != 0;
   return {negligible, 0};
 }
 
