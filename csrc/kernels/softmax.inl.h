@@ -11,31 +11,32 @@ namespace {
 
 template <class S>
 concept ScalesByPowers = requires(typename S::F v) {
-  S::scale_by_power(v, v);
+  S::scale_by_power(v, S::fraction(v));
 };
 
-// 2^x for x <= 0; relative error 2.7e-6 (minimax of degree 4 on half a unit).
+// c[0] + c[1] f + ... + c[4] f^4.
+template <class S>
+[[gnu::always_inline]] inline typename S::F polynomial(const float (&c)[5], typename S::F f) {
+  typename S::F p = S::set1(c[4]);
+  for (int i = 3; i >= 0; --i) p = S::fma(p, f, S::set1(c[i]));
+  return p;
+}
+
+// 2^x for x <= 0; relative error 2.7e-6 (minimax of degree 4 on a unit).
 template <class S>
 typename S::F exp2_nonpositive(typename S::F x) {
-  using F = typename S::F;
-  const auto power = [](F f) __attribute__((always_inline)) {
-    F p = S::set1(9.57010221e-3F);
-    p = S::fma(p, f, S::set1(5.59178628e-2F));
-    p = S::fma(p, f, S::set1(2.40247443e-1F));
-    p = S::fma(p, f, S::set1(6.93121791e-1F));
-    return S::fma(p, f, S::set1(9.99999285e-1F));
-  };
   if constexpr (ScalesByPowers<S>) {
-    // Of n below -149 nothing is left, and of denormals neither, as attention flushes them (core/fp_control.h); -inf
-    // would become NaN.
-    const F clamped = S::max(x, S::set1(-200.0F)), n = S::round_even(clamped);
-    return S::scale_by_power(power(S::sub(clamped, n)), n);
+    // Of denormals nothing is left, as attention flushes them (core/fp_control.h).
+    constexpr float kPower[5] = {1.00000262F, 6.93003833e-1F, 2.41442740e-1F, 5.20114638e-2F, 1.35341724e-2F};
+    return S::scale_by_power(polynomial<S>(kPower, S::fraction(x)), x);
   } else {
     // Adding 1.5 * 2^23 rounds to a whole number n, and leaves it in the lowest bits.
+    using F = typename S::F;
+    constexpr float kPower[5] = {9.99999285e-1F, 6.93121791e-1F, 2.40247443e-1F, 5.59178628e-2F, 9.57010221e-3F};
     const F floor = S::set1(-126.0F), whole = S::set1(12582912.0F);
     const F clamped = S::max(x, floor), shifted = S::add(clamped, whole);
     const F f = S::sub(clamped, S::sub(shifted, whole));
-    return S::zero_where_less(S::add_to_exponent(power(f), shifted), x, floor);
+    return S::zero_where_less(S::add_to_exponent(polynomial<S>(kPower, f), shifted), x, floor);
   }
 }
 

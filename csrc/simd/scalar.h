@@ -46,7 +46,8 @@
 //   load_int8             kLanes int8 as floats
 //   reduce_max_4, reduce_add_4  four vectors at once
 //   add_to_exponent       the lowest bits of the second float, as a whole number, to the exponent of the first
-//   scale_by_power        (optional) the first float times 2^n, for a whole number n in the second; denormals by mode
+//   fraction              (with the next) how far a float lies above the whole number below it; 0 for infinities
+//   scale_by_power        (optional) the first float times 2^n, n the whole number below the second; denormals by mode
 //   load_element<dtype>   kLanes elements as floats; e4m3: in units of kE4m3Unit, subnormals whatever the mode
 //   store_int16           floats below 2^31, rounded half to even, cut off at the range of int16
 //
