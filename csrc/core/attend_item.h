@@ -12,10 +12,11 @@
 
 namespace kvpack {
 
-// Prefetch distance. Measured on Zen 4: 1 to 8 tiles are the same within 5 %. No prefetch costs 65 % at exact, 30 % at
-// tq4, and 80 % at the codecs of blocks, whose values are read two lines of four at a time. Zen 5: 1 to 4 tiles are the
-// same within 3 %, no prefetch doubles the time.
-constexpr int64_t kAheadTiles = 2;
+// Prefetch distance: two tiles, or one where two are more than this. Measured on Zen 5, into L1, against always two: at
+// d = 128, q8_0 10 %, exact and q4_0 5 %, kivi4 3 %, tcq4 2 % less time, tq4 2 % more; always one, of records that are
+// smaller, costs up to 5 % (tq2, tq3), and 12 % at d = 64. No prefetch doubles the time. On Zen 4, into L2, 1 to 8 tiles
+// are the same within 5 %.
+constexpr size_t kAheadBytes = size_t{16} * 1024;
 
 // A token with more than this share of a row's probability so far gets its score from one more level of the query.
 // Errors of scores go into the output in proportion to the share: what is left of them is a quarter, or less.
@@ -87,6 +88,7 @@ struct Item : Block {
   // Of a record, known before the walk: the compiler cannot tell that kernels do not change the plan.
   size_t record_bytes, key_codes, value_scales, value_codes;
   int32_t scale_lines;
+  int64_t ahead_tiles;
   bool masked;                // some score may be hidden, beside those past the end of a tile
   float negligible, notable;  // shares of a row's probability: a tile's, a token's
   int64_t met = 0, unread = 0;
@@ -103,6 +105,7 @@ struct Item : Block {
         value_scales(pl.record.value_scales()),
         value_codes(pl.record.value_codes()),
         scale_lines(static_cast<int32_t>(key_codes / kLine)),
+        ahead_tiles(2 * record_bytes <= kAheadBytes ? 2 : 1),
         masked(mask.any(batch)),
         negligible(p.tiles == 0 ? 0.0F : p.sparse_values / static_cast<float>(p.tiles)),
         notable(integer_keys() ? kNotable : 0.0F) {}
@@ -256,10 +259,10 @@ struct Item : Block {
     alignas(64) float scores[kMaxGroup * kTile];
     float bias[kMaxGroup] = {};
     for (int64_t t = begin; t < end; ++t) {
-      const bool within = t + kAheadTiles < end;
+      const bool within = t + ahead_tiles < end;
       const Item& later = within ? *this : then;
-      const int64_t beyond = std::min(t + kAheadTiles - end, t - begin);  // of a single tile, the first
-      const int64_t next = within ? t + kAheadTiles : std::min(then_begin + beyond, p.tiles - 1);
+      const int64_t beyond = std::min(t + ahead_tiles - end, t - begin);  // of a single tile, the first
+      const int64_t next = within ? t + ahead_tiles : std::min(then_begin + beyond, p.tiles - 1);
       const uint8_t *record = tile(t), *coming = later.tile(next);
       if (plan.key_mean) later.prefetch_mean(Side::key, next, static_cast<int32_t>(p.key_dim));
       if (plan.value_mean) later.prefetch_mean(Side::value, next, static_cast<int32_t>(p.value_dim));

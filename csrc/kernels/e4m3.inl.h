@@ -53,8 +53,8 @@ struct FixedPoint {
       typename S::I code[2];
       S::template interleave<Half>(row, code);
       unrolled<2>([&](int v) __attribute__((always_inline)) {
-        const typename S::I levels[2] = {S::negate_where_top_bit(S::look_up_128(f.high, code[v]), code[v]),
-                                         S::negate_where_top_bit(S::look_up_128(f.low, code[v]), code[v])};
+        const typename S::I levels[2] = {S::template negate_where<7>(S::look_up_128(f.high, code[v]), code[v]),
+                                         S::template negate_where<7>(S::look_up_128(f.low, code[v]), code[v])};
         unrolled<2 * G>([&](int i) __attribute__((always_inline)) {
           const int g = i / 2, n = i % 2;
           plane[n][g][v] = S::template dot<Sd>(plane[n][g][v], S::expand(levels[n]), operand + g * stride);

@@ -199,9 +199,8 @@ requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
     if constexpr (kBit != 7)
       index = S::template select_bits<(0xff << (7 - kBit)) & 0xff>(S::shift_left_16(here, 7 - kBit),
                                                                    S::shift_right_16(before, kBit + 1));
-    const I change = S::exclusive_or(here, before);
-    const I signs = kBit == 7 ? change : S::shift_left_16(change, 7 - kBit);
-    return S::negate_where_top_bit(S::look_up_128(kTables == 1 || J % 2 == 0 ? even : odd, index), signs);
+    return S::template negate_where<kBit>(S::look_up_128(kTables == 1 || J % 2 == 0 ? even : odd, index),
+                                          S::exclusive_or(here, before));
   }
 };
 

@@ -80,8 +80,10 @@ struct Avx2 {
     return _mm256_blendv_epi8(_mm256_blendv_epi8(pair(0), pair(2), bit5), _mm256_blendv_epi8(pair(4), pair(6), bit5),
                               bit6);
   }
-  static I negate_where_top_bit(I v, I signs) {
-    return _mm256_sign_epi8(v, _mm256_or_si256(signs, _mm256_set1_epi8(1)));
+  template <int Bit>
+  static I negate_where(I v, I signs) {
+    const I top = Bit == 7 ? signs : shift_left_16(signs, 7 - Bit);
+    return _mm256_sign_epi8(v, _mm256_or_si256(top, _mm256_set1_epi8(1)));
   }
   static I flip_sign_bit(I v) { return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80))); }
   static I negate_bytes(I v, I mask) { return _mm256_sub_epi8(_mm256_xor_si256(v, mask), mask); }

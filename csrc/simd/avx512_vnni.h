@@ -78,8 +78,11 @@ struct Avx512Vnni {
     return _mm512_mask_blend_epi8(bit(6), _mm512_mask_blend_epi8(bit5, pair(0), pair(2)),
                                   _mm512_mask_blend_epi8(bit5, pair(4), pair(6)));
   }
-  static I negate_where_top_bit(I v, I signs) {
-    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), v);
+  template <int Bit>
+  static I negate_where(I v, I signs) {
+    const __mmask64 where = Bit == 7 ? _mm512_movepi8_mask(signs)
+                                     : _mm512_test_epi8_mask(signs, _mm512_set1_epi8(static_cast<char>(1 << Bit)));
+    return _mm512_mask_sub_epi8(v, where, _mm512_setzero_si512(), v);
   }
   static I flip_sign_bit(I v) { return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(0x80))); }
   static I negate_bytes(I v, I mask) { return _mm512_sub_epi8(_mm512_xor_si512(v, mask), mask); }

@@ -83,8 +83,9 @@ struct Neon {
     const int8x16_t low = vqtbl4q_s8(t.low, index);
     return vreinterpretq_s32_s8(vqtbx4q_s8(low, t.high, vsubq_u8(index, vdupq_n_u8(64))));
   }
-  static I negate_where_top_bit(I v, I signs) {
-    return negate_bytes(v, vreinterpretq_s32_s8(vshrq_n_s8(vreinterpretq_s8_s32(signs), 7)));
+  template <int Bit>
+  static I negate_where(I v, I signs) {
+    return negate_bytes(v, from(vtstq_u8(bytes(signs), vdupq_n_u8(1 << Bit))));
   }
   static I flip_sign_bit(I v) { return from(veorq_u8(bytes(v), vdupq_n_u8(0x80))); }
   static I negate_bytes(I v, I mask) { return from(vsubq_u8(veorq_u8(bytes(v), bytes(mask)), bytes(mask))); }

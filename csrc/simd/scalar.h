@@ -21,7 +21,7 @@
 //   table_bytes, load_table  a codebook plus offset, laid out at compile time and held in registers
 //   look_up<Bits, Pos>    level bytes of the field at bit Pos of every byte
 //   look_up_128           level bytes of a table of 128, by bits 0..6 of every byte
-//   negate_where_top_bit  -v where the top bit of the other byte is set
+//   negate_where<Bit>     -v where that bit of the other byte is set
 //   negate_bytes          -v where the mask byte is 0xff, v where it is 0
 //   dot<Side>             acc[lane] += sum of 4 level bytes x operand bytes; exact in int32
 //   hadamard_in_lane<W>   butterfly stages with strides W/2 .. 1 (4 <= W <= kLanes; W = kLanes where that is less)
@@ -130,7 +130,10 @@ struct Scalar {
     for (int e = 0; e < 32; e += 8) out |= static_cast<I>(static_cast<uint8_t>(t[(raw >> e) & 0x7fU])) << e;
     return out;
   }
-  static I negate_where_top_bit(I v, I signs) { return negate_bytes(v, ((signs >> 7) & 0x01010101U) * 0xffU); }
+  template <int Bit>
+  static I negate_where(I v, I signs) {
+    return negate_bytes(v, ((signs >> Bit) & 0x01010101U) * 0xffU);
+  }
   static I flip_sign_bit(I v) { return v ^ 0x80808080U; }
   static I negate_bytes(I v, I mask) {
     I out = 0;
