@@ -12,10 +12,9 @@
 
 namespace kvpack {
 
-// Prefetch distance: two tiles, or one where two are more than this. Measured on Zen 5, into L1, against always two: at
-// d = 128, q8_0 10 %, exact and q4_0 5 %, kivi4 3 %, tcq4 2 % less time, tq4 2 % more; always one, of records that are
-// smaller, costs up to 5 % (tq2, tq3), and 12 % at d = 64. No prefetch doubles the time. On Zen 4, into L2, 1 to 8 tiles
-// are the same within 5 %.
+// Prefetch distance: two tiles, or one where two are more than this. Measured on Zen 5, into L1: one instead of two
+// takes 11 % off the time of q8_0 at d = 128 and 3 % off that of exact and q4_0, but adds 2 to 4 % to tq2 and tq3, and
+// 6 % to tq4 at d = 64. No prefetch doubles the time. On Zen 4, into L2, 1 to 8 tiles are the same within 5 %.
 constexpr size_t kAheadBytes = size_t{16} * 1024;
 
 // A token with more than this share of a row's probability so far gets its score from one more level of the query.
@@ -87,7 +86,6 @@ struct Item : Block {
   MaskRows mask;
   // Of a record, known before the walk: the compiler cannot tell that kernels do not change the plan.
   size_t record_bytes, key_codes, value_scales, value_codes;
-  int32_t scale_lines;
   int64_t ahead_tiles;
   bool masked;                // some score may be hidden, beside those past the end of a tile
   float negligible, notable;  // shares of a row's probability: a tile's, a token's
@@ -104,7 +102,6 @@ struct Item : Block {
         key_codes(pl.record.key_codes()),
         value_scales(pl.record.value_scales()),
         value_codes(pl.record.value_codes()),
-        scale_lines(static_cast<int32_t>(key_codes / kLine)),
         ahead_tiles(2 * record_bytes <= kAheadBytes ? 2 : 1),
         masked(mask.any(batch)),
         negligible(p.tiles == 0 ? 0.0F : p.sparse_values / static_cast<float>(p.tiles)),
@@ -270,10 +267,11 @@ struct Item : Block {
         const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
         // The first group of rows brings the tile from memory, the others find it in the cache.
         const Run run{t, start, record, row == 0 ? coming : record};
+        // Scales, ahead of the codes that the kernels prefetch: memory is read in order.
+        for (size_t at = 0; at < key_codes; at += kLine) __builtin_prefetch(run.ahead + at);
         score(run, row, group, plan.levels, scores, bias);
-        SoftmaxArgs args{scores,     bias,        s.state + row, s.out + row * plan.out_width,
-                         run.ahead,  scale_lines, group,         plan.out_width,
-                         negligible, notable};
+        SoftmaxArgs args{scores, bias,           s.state + row, s.out + row * plan.out_width,
+                         group,  plan.out_width, negligible,    notable};
         SoftmaxResult found = k.softmax(args);
         if (found.notable != 0) {
           refine(run, row, group, found.notable, scores);
@@ -307,7 +305,7 @@ struct Item : Block {
         k.dense_score[type]({key, keys.token, q.query + row * dk, scores, nullptr, nullptr, 0, dk, n, group});
         hide(scores, row, group, {start + t, n, kind});
         float* out = s.out + row * plan.out_width;
-        const SoftmaxArgs args{scores, bias, s.state + row, out, nullptr, 0, group, plan.out_width, 0.0F, 0.0F};
+        const SoftmaxArgs args{scores, bias, s.state + row, out, group, plan.out_width, 0.0F, 0.0F};
         if (k.softmax(args).negligible) continue;  // all masked
         out += plan.out_width - dv;
         k.dense_accumulate[type]({value, values.token, nullptr, scores, nullptr, out, plan.out_width, dv, n, group});

@@ -33,12 +33,13 @@ void score(const kvpack::ScoreArgs& a) {
   // Half of the lines to come are prefetched meanwhile, those of the first group: prefetches that come in a burst wait
   // for each other (Zen 5, kivi4: 12 % of the time of attention over cold tiles).
   if constexpr (Codec::kAsymmetric)
-    quantize_asymmetric_queries<S, Codec, G>(a, own, [&](int step) __attribute__((always_inline)) {
-      // Of head sizes that are no multiple of a block, a few lines more than there are.
-      constexpr int kShare = Codec::kScaleBlock / (4 * kDwords) / kKeyGroups;  // units of a step
-      for (int u = step * kShare; u < (step + 1) * kShare; ++u)
-        for (int n = 0; n < 4 / kKeyGroups * kLines; ++n) S::prefetch(a.ahead + (u * 4 * kLines + n) * kLine);
-    });
+    quantize_asymmetric_queries<S, Codec, G>(
+        a, own, [&](int step) __attribute__((always_inline)) {
+          // Of head sizes that are no multiple of a block, a few lines more than there are.
+          constexpr int kShare = Codec::kScaleBlock / (4 * kDwords) / kKeyGroups;  // units of a step
+          for (int u = step * kShare; u < (step + 1) * kShare; ++u)
+            for (int n = 0; n < 4 / kKeyGroups * kLines; ++n) S::prefetch(a.ahead + (u * 4 * kLines + n) * kLine);
+        });
   const int parts = grid.parts();
   const int units = blocks == 1 ? grid.units() : Codec::kScaleBlock / (4 * kDwords);  // of a scale block
   const uint8_t* ahead = a.ahead;

@@ -174,7 +174,6 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
 
 template <class S>
 kvpack::SoftmaxResult softmax(const kvpack::SoftmaxArgs& a) {
-  for (int n = 0; n < a.ahead_lines; ++n) S::prefetch(a.ahead + n * kvpack::kLine);
   switch (a.group) {
     case 1: return softmax_rows<S, 1>(a);
     case 2: return softmax_rows<S, 2>(a);

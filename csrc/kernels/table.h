@@ -46,12 +46,11 @@ struct ScoreArgs {
 };
 
 struct SoftmaxArgs {
-  float* scores;         // [group][kTile] in: log2 units; out: 2^(score + bias - max)
-  const float* bias;     // [group]
-  SoftmaxRow* rows;      // [group]
-  float* out;            // [group][out_stride] accumulated so far, rescaled when a maximum grows
-  const uint8_t* ahead;  // prefetched meanwhile
-  int32_t ahead_lines, group, out_stride;
+  float* scores;      // [group][kTile] in: log2 units; out: 2^(score + bias - max)
+  const float* bias;  // [group]
+  SoftmaxRow* rows;   // [group]
+  float* out;         // [group][out_stride] accumulated so far, rescaled when a maximum grows
+  int32_t group, out_stride;
   float negligible;  // of a row's sum so far, the share of all these scores
   float notable;     // of a row's sum so far, the share of one score; 0: none is
 };
