@@ -75,6 +75,16 @@ using IntFour = int32_t __attribute__((vector_size(16)));
 }
 [[maybe_unused, gnu::always_inline]] inline Four lesser(Four a, Four b) { return a < b ? a : b; }
 
+// N vectors of elements, side by side.
+template <class S, kvpack::Dtype T, int N>
+[[gnu::always_inline]] inline void load_elements(const uint8_t* p, typename S::F (&v)[N]) {
+  if constexpr (T == kvpack::Dtype::e4m3 && N % 2 == 0 && requires { S::load_two_e4m3(p, v[0], v[1]); }) {
+    for (int i = 0; i < N; i += 2) S::load_two_e4m3(p + i * S::kLanes, v[i], v[i + 1]);
+  } else {
+    for (int i = 0; i < N; ++i) v[i] = S::template load_element<T>(p + i * S::kLanes * kvpack::dtype_bytes(T));
+  }
+}
+
 template <class S>
 [[gnu::always_inline]] inline typename S::F load_scales(const uint16_t* scales) {
   return S::template load_element<kvpack::Dtype::f16>(reinterpret_cast<const uint8_t*>(scales));

@@ -56,7 +56,7 @@ template <class S, kvpack::Dtype T, int G, int kInFlight, bool Masked>
       if (a.ahead != nullptr)
         for (int n = 0; n < kDims * kBytes; n += kLine) S::prefetch(a.ahead + t * a.stride + i * kBytes + n);
       F value[kInFlight];
-      for (int v = 0; v < kInFlight; ++v) value[v] = S::template load_element<T>(p + v * S::kLanes * kBytes);
+      load_elements<S, T>(p, value);
       unrolled<G>([&](int g) __attribute__((always_inline)) {
         const F w = S::set1(a.probs[g * kTile + t]);
         unrolled<kInFlight>([&](int v) __attribute__((always_inline)) { acc[g][v] = S::fma(value[v], w, acc[g][v]); });

@@ -154,7 +154,7 @@ void exact_score(const kvpack::ScoreArgs& a) {
       const ptrdiff_t at = (static_cast<ptrdiff_t>(dim) * kTile + v0 * S::kLanes) * kBytes;
       const uint8_t* p = a.tile.codes + at;
       F key[kInFlight];
-      for (int v = 0; v < kInFlight; ++v) key[v] = S::template load_element<T>(p + v * S::kLanes * kBytes);
+      load_elements<S, T>(p, key);
       for (int n = 0; n < kInFlight * S::kLanes * kBytes; n += kLine) S::prefetch(a.ahead + at + n);
       unrolled<G>([&](int g) __attribute__((always_inline)) {
         const F q = S::set1(a.query[g * a.head_dim + dim]);

@@ -313,6 +313,12 @@ struct Avx2 {
     if constexpr (T == kvpack::Dtype::f16) return _mm256_cvtph_ps(h);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
   }
+  static void load_two_e4m3(const uint8_t* p, F& first, F& second) {
+    const I wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const I half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+    first = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    second = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+  }
 };
 
 }  // namespace

@@ -49,6 +49,7 @@
 //   fraction              (with the next) how far a float lies above the whole number below it; 0 for infinities
 //   scale_by_power        (optional) the first float times 2^n, n the whole number below the second; denormals by mode
 //   load_element<dtype>   kLanes elements as floats; e4m3: in units of kE4m3Unit, subnormals whatever the mode
+//   load_two_e4m3         (optional) the same of two vectors, side by side
 //   store_int16           floats below 2^31, rounded half to even, cut off at the range of int16
 //
 // and in W16, for the search of the trellis codecs, kLanes 16-bit integers in a vector V:
