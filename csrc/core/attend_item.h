@@ -119,8 +119,9 @@ struct Item : Block {
   static ConstTileSide section_of(const ConstTileSide& side, const CodePart& part) {
     return {side.codes + part.codes, side.scales + part.scales};
   }
-  // Means lie apart from the records, so that no kernel prefetches them on its way.
-  void prefetch_mean(Side side, int64_t t, int32_t dim) const {
+  // Means lie apart from the records, so that no kernel prefetches them on its way. Inlined before GCC finds that it has
+  // no effects, and drops its calls (tests/cpp/CMakeLists.txt).
+  [[gnu::always_inline]] void prefetch_mean(Side side, int64_t t, int32_t dim) const {
     const uint8_t* at = part(t) + plan.record.mean(side, t % kPageTiles);
     for (int32_t i = 0; i < dim + kLine; i += kLine) __builtin_prefetch(at + i);
     __builtin_prefetch(part(t) + plan.record.mean_scale(side, t % kPageTiles));
