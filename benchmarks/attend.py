@@ -5,14 +5,14 @@
     python benchmarks/attend.py --contexts 16384 --dims 128 --threads 1 --codecs exact,tq4,tcq3 --doc ""
     python benchmarks/attend.py --queries 2,16,128,512 --contexts 4096,16384 --threads 1 --rounds 5
 
-The last, query tokens with a mask over a packed history, goes to docs/history.md. Otherwise: decode steps of one layer,
-cold: every contender walks through copies of its data that are together larger than the processor's caches. All
-contenders run interleaved in one process; printed are medians and, of ratios within a round, the 10th and 90th
+The last, query tokens with a mask over a packed history, goes to docs/history.md. Otherwise: decode steps of one
+layer, cold: every contender walks through copies of its data that are together larger than the processor's caches.
+All contenders run interleaved in one process; printed are medians and, of ratios within a round, the 10th and 90th
 percentile. "torch best" is the fastest of torch's ways in that table. `exact` comes in the dtype of the run and, as
-`exact@float16`, in fp16: which is the faster one depends on the processor, so that there is a column for each. Codecs are
-as their names say, not centred; what a cache makes of `tq4`, keys centred by tile and values by the mean, is a row of its
-own. The bandwidth is that of torch.dot over vectors of float32 of the same total size, before or after the table, whichever is
-more.
+`exact@float16`, in fp16: which is the faster one depends on the processor, so that there is a column for each. Codecs
+are as their names say, not centred; what a cache makes of `tq4`, keys centred by tile and values by the mean, is a
+row of its own. The bandwidth is that of torch.dot over vectors of float32 of the same total size, before or after the
+table, whichever is more.
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--codecs", default="", help="codecs, KEY/VALUE, or exact@DTYPE [default: exact@float16, every codec, and a centred one]")
+    add(
+        "--codecs",
+        default="",
+        help="codecs, KEY/VALUE, or exact@DTYPE [default: exact@float16, every codec, and a centred one]",
+    )
     add("--contexts", default="256,4096,16384,65536")
     add("--dims", default="128,64")
     add("--threads", default="1,2")

@@ -34,7 +34,12 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
     float max = -std::numeric_limits<float>::infinity(), total = 0.0F;
     const int64_t head = rows.query_head(r);
     const float sink = p.sink_logits != nullptr ? p.sink_logits[head] * kLog2e : max;
-    for (int64_t n = 0; n < plan.partials(); ++n) max = std::fmax(max, Partial(plan, workspace, block, n).state[r].max);
+    bool broken = false;  // by a score that is NaN, as the row is then
+    for (int64_t n = 0; n < plan.partials(); ++n) {
+      const SoftmaxRow& row = Partial(plan, workspace, block, n).state[r];
+      max = std::fmax(max, row.max);
+      broken = broken || std::isnan(row.sum);
+    }
     max = std::fmax(max, sink);
     std::memset(sum, 0, sizeof sum);
     const bool any = max > -std::numeric_limits<float>::infinity();
@@ -52,7 +57,7 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
       transform.from_parts(sum);
       for (int32_t i = 0; i < dv; ++i) sum[i] += plain[i];
     }
-    const float inverse = total > 0.0F ? 1.0F / total : 0.0F;
+    const float inverse = broken ? std::numeric_limits<float>::quiet_NaN() : total > 0.0F ? 1.0F / total : 0.0F;
     for (int32_t i = 0; i < dv; ++i) sum[i] *= inverse;
     const int64_t at = ((rows.batch * p.query_heads + head) * p.query_tokens + rows.query_token(r)) * dv;
     store_row(sum, p.dtype, dv, p.out + at * dtype_bytes(p.dtype));

@@ -119,8 +119,8 @@ struct Item : Block {
   static ConstTileSide section_of(const ConstTileSide& side, const CodePart& part) {
     return {side.codes + part.codes, side.scales + part.scales};
   }
-  // Means lie apart from the records, so that no kernel prefetches them on its way. Inlined before GCC finds that it has
-  // no effects, and drops its calls (tests/cpp/CMakeLists.txt).
+  // Means lie apart from the records, so that no kernel prefetches them on its way. Inlined before GCC finds that it
+  // has no effects, and drops its calls (tests/cpp/CMakeLists.txt).
   [[gnu::always_inline]] void prefetch_mean(Side side, int64_t t, int32_t dim) const {
     const uint8_t* at = part(t) + plan.record.mean(side, t % kPageTiles);
     for (int32_t i = 0; i < dim + kLine; i += kLine) __builtin_prefetch(at + i);
@@ -268,7 +268,7 @@ struct Item : Block {
         const auto group = static_cast<int32_t>(n_rows - row < kMaxGroup ? n_rows - row : kMaxGroup);
         // The first group of rows brings the tile from memory, the others find it in the cache.
         const Run run{t, start, record, row == 0 ? coming : record};
-        // Scales, ahead of the codes that the kernels prefetch: memory is read in order.
+        // Scales, ahead of the codes that the kernels prefetch: memory is read in order. Into L1 on all levels.
         for (size_t at = 0; at < key_codes; at += kLine) __builtin_prefetch(run.ahead + at);
         score(run, row, group, plan.levels, scores, bias);
         SoftmaxArgs args{scores, bias,           s.state + row, s.out + row * plan.out_width,

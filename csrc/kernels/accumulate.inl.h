@@ -49,8 +49,8 @@ struct Nothing {
 
 // Quantizes probs[G][64] * |scales[64]| into operands of 64 depths, row by row, per plane, for each of `blocks` rows of
 // scales. Largest: the largest size of a level. In loops of their own: products and their largest, divisions, levels;
-// reductions of a block overlap with the next, as rows do, side by side. The first and the last call meanwhile(step),
-// a step for each block.
+// reductions of a block overlap with the next, as rows do, side by side. The first and the last loop call
+// meanwhile(step), a step for each block.
 template <class S, int Largest, int Blocks, int G, bool High, class Meanwhile = Nothing>
 [[gnu::always_inline]] inline void quantize_probs(const float* probs, const uint16_t* scales, int dither, int blocks,
                                                   Weights<Blocks, G, High>& to, Meanwhile meanwhile = {}) {
@@ -157,6 +157,7 @@ void accumulate_planes(const kvpack::AccumulateArgs& a) {
     for (int block = 0; block < blocks; ++block) sign_bytes(a.tile.scales + block * kTile, negative[block]);
   // Of a tile to come, the first half of the units of every superblock is prefetched while many probabilities are
   // quantized: prefetches in a burst wait for each other (Zen 5, kivi4: 3 % of the time of attention over cold tiles).
+  // A superblock has two blocks, and a block two steps; where there is half a block, some lines are prefetched twice.
   constexpr int kAheadUnits = kBlocks == 1 ? 0 : kTile / (4 * kDwords) / 2;
   Weights<kBlocks, G, High> weights;
   if constexpr (!kOneByOne)

@@ -61,6 +61,8 @@ constexpr int pair_sums() {
 template <class S, class Codec, kvpack::Side Sd>
 constexpr int level_offset() {
   if constexpr (Sd == kvpack::Side::value) return S::kValueOffset;
+  // Of asymmetric keys, the least that leaves none below 0: floats take it off again (query.inl.h).
+  if constexpr (S::kKeyOffset != 0 && Codec::kAsymmetric) return largest_level<Codec>();
   if constexpr (S::kKeyOffset != 0) return Codec::kBits == 5 ? 16 : S::kKeyOffset;
   return pair_sums<S, Codec, Sd>() > 1 ? largest_level<Codec>() : 0;
 }

@@ -63,19 +63,19 @@ struct AsymmetricRows {
   static constexpr int kRows = G + G % 2;  // they are stored in pairs
   alignas(64) int32_t operand[kvpack::kQueryLevels][kvpack::kKeyGroups][kvpack::kMaxScaleBlocks][kRows][kDwords];
   float scale[kvpack::kQueryLevels][kvpack::kKeyGroups][kvpack::kMaxScaleBlocks][4];
-  // What a level adds to every score of the group, beside its integers: less what they have of the offset that levels
-  // of keys are read with, and in the first, the middles of the channels times q.
+  // What a level adds to every score of the group: minus the offset of the levels of keys times the sum of its own, in
+  // units of the scores, and in the first, q times the middles of the channels.
   float bias[kvpack::kQueryLevels][kvpack::kKeyGroups][4];
 };
 
 // In three loops, of products and their largest, of divisions, and of levels: each waits for reductions that those of
-// the next blocks overlap with; rows lie side by side for the same reason. The first calls
-// meanwhile(step), a step for each block of each group.
+// the next blocks overlap with; rows lie side by side for the same reason. The first loop calls meanwhile(step), a step
+// for each block of each group.
 //
 // Measured (Zen 5, kivi4, 4 rows of 128): 1.5 ns per token, of 3.1 for its scores.
 template <class S, class Codec, int G, class Meanwhile>
 [[gnu::always_inline]] inline void quantize_asymmetric_queries(const kvpack::ScoreArgs& a, AsymmetricRows<G>& rows,
-                                                               Meanwhile&& meanwhile) {
+                                                               Meanwhile meanwhile) {
   using namespace kvpack;
   using F = typename S::F;
   using Rows = AsymmetricRows<G>;
@@ -124,9 +124,12 @@ template <class S, class Codec, int G, class Meanwhile>
     F v[2 * kVectors], level[2 * kVectors];
     unrolled<2>([&](auto half) __attribute__((always_inline)) {
       constexpr int g = First + half;
-      for (int i = 0; i < kVectors; ++i)
-        v[half * kVectors + i] =
-            g < G ? S::mul(S::load(scaled[n][sb][g] + i * S::kLanes), S::set1(inverse[n][sb][g])) : S::zero();
+      for (int i = 0; i < kVectors; ++i) {
+        if constexpr (g < G)
+          v[half * kVectors + i] = S::mul(S::load(scaled[n][sb][g] + i * S::kLanes), S::set1(inverse[n][sb][g]));
+        else
+          v[half * kVectors + i] = S::zero();
+      }
     });
     for (int l = 0; l < levels; ++l) {
       unrolled<2>([&](auto half) __attribute__((always_inline)) {
@@ -134,7 +137,7 @@ template <class S, class Codec, int G, class Meanwhile>
         const F offset = S::set1(-kOffset * rows.scale[l][n][sb][g]);
         for (int i = half * kVectors; i < (half + 1) * kVectors; ++i) {
           level[i] = S::round_even(v[i]);
-          if (kOffset != 0.0F) sum[l][g] = S::fma(level[i], offset, sum[l][g]);
+          if constexpr (kOffset != 0.0F) sum[l][g] = S::fma(level[i], offset, sum[l][g]);
           if (levels > 1) v[i] = S::mul(S::sub(v[i], level[i]), S::set1(254.0F));
         }
       });

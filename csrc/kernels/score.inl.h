@@ -30,13 +30,15 @@ void score(const kvpack::ScoreArgs& a) {
   const int blocks = scale_blocks(Codec::kScaleBlock, Codec::kBits, a.head_dim);
   const CodeGrid grid{Codec::kBits, kTile, a.head_dim};
   [[maybe_unused]] AsymmetricRows<Codec::kAsymmetric ? G : 1> own;
-  // Half of the lines to come are prefetched meanwhile, those of the first group: prefetches that come in a burst wait
-  // for each other (Zen 5, kivi4: 12 % of the time of attention over cold tiles).
+  // Of the lines to come, those of the first group of keys are prefetched meanwhile: prefetches that come in a burst
+  // wait for each other (Zen 5, kivi4: 12 % of the time of attention over cold tiles). Of head sizes that are no
+  // multiple of a block, a few of the values' lines too.
   if constexpr (Codec::kAsymmetric)
     quantize_asymmetric_queries<S, Codec, G>(
         a, own, [&](int step) __attribute__((always_inline)) {
-          // Of head sizes that are no multiple of a block, a few lines more than there are.
           constexpr int kShare = Codec::kScaleBlock / (4 * kDwords) / kKeyGroups;  // units of a step
+          static_assert(kShare > 0);
+          if (a.first != 0) return;
           for (int u = step * kShare; u < (step + 1) * kShare; ++u)
             for (int n = 0; n < 4 / kKeyGroups * kLines; ++n) S::prefetch(a.ahead + (u * 4 * kLines + n) * kLine);
         });
@@ -47,7 +49,7 @@ void score(const kvpack::ScoreArgs& a) {
     for (int v0 = 0; v0 < kVectors; v0 += kInFlight) {
       [[maybe_unused]] const int key_group = v0 / kPerRow;
       for (int sb = 0; sb < blocks; ++sb) {
-        // Of the first row, as if there were all dims; the others' are kRowDwords apart.
+        // operands[n] is dword n of the first row, of the whole row; those of the others are kRowDwords apart.
         const int32_t* operands;
         if constexpr (Codec::kAsymmetric)
           operands = own.operand[level][key_group][sb][0] - sb * kRowDwords;

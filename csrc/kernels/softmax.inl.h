@@ -4,8 +4,10 @@
 // maximum are exactly zero: no denormals enter the accumulation, and a masked token (-inf) weighs nothing.
 //
 // The maximum may be kRise less than the largest score so far: probabilities relative to it are up to 2^kRise, which
-// floats do not mind, and what has been accumulated is seldom scaled to a new one (Zen 5, tq2 over 16k random tokens:
-// 8 % of the time at d = 128, 15 % at d = 64).
+// only values near the end of the range of floats would notice, and what has been accumulated is seldom scaled to a new
+// one (Zen 5, tq2 over 16k random tokens: 8 % of the time at d = 128, 15 % at d = 64).
+//
+// A score that is NaN makes the sum of its row NaN, which attend makes of the row's output.
 #pragma once
 #include "kernels/blocking.inl.h"
 #include "kernels/table.h"
@@ -28,7 +30,7 @@ template <class S>
   return p;
 }
 
-// 2^x for x < 127; relative error 2.7e-6 (minimax of degree 4 on a unit).
+// 2^x for x < 127, NaN of NaN; relative error 2.7e-6 (minimax of degree 4 on a unit).
 template <class S>
 typename S::F exp2_approx(typename S::F x) {
   if constexpr (ScalesByPowers<S>) {
@@ -40,7 +42,7 @@ typename S::F exp2_approx(typename S::F x) {
     using F = typename S::F;
     constexpr float kPower[5] = {9.99999285e-1F, 6.93121791e-1F, 2.40247443e-1F, 5.59178628e-2F, 9.57010221e-3F};
     const F floor = S::set1(-126.0F), whole = S::set1(12582912.0F);
-    const F clamped = S::max(x, floor), shifted = S::add(clamped, whole);
+    const F clamped = S::max(floor, x), shifted = S::add(clamped, whole);
     const F f = S::sub(clamped, S::sub(shifted, whole));
     return S::zero_where_less(S::add_to_exponent(polynomial<S>(kPower, f), shifted), x, floor);
   }
@@ -66,13 +68,13 @@ void softcap(float* scores, int32_t n, float cap) {
 
 // The rows of a group, side by side.
 template <int G>
-struct Rows {
+struct SoftmaxRows {
   static_assert(sizeof(kvpack::SoftmaxRow) == sizeof(Four));
   Four field[4];  // those of SoftmaxRow, of four rows
   Four bias{};
 
-  [[gnu::always_inline]] explicit Rows(const kvpack::SoftmaxArgs& a) : field{} {
-    // Row by row, as they are stored: one load of several would wait for all those stores, and is taken apart again.
+  [[gnu::always_inline]] explicit SoftmaxRows(const kvpack::SoftmaxArgs& a) : field{} {
+    // Row by row, as they are stored: GCC would merge the loads into one, which had to wait for all those stores.
     for (int g = 0; g < G; ++g) __builtin_memcpy(field + g, unknown(a.rows + g), sizeof(Four));
     __builtin_memcpy(&bias, a.bias, G * sizeof(float));
     transpose(field);
@@ -110,7 +112,7 @@ struct Rows {
 template <class S, int G>
 [[gnu::noinline]] uint32_t raise_maxima(const kvpack::SoftmaxArgs& a, const typename S::F (&top)[4]) {
   using namespace kvpack;
-  const Rows<G> rows(a);
+  const SoftmaxRows<G> rows(a);
   float max[4];
   S::reduce_max_4(top[0], top[1], top[2], top[3], max);
   uint32_t notable = 0;
@@ -145,7 +147,7 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
   for (int t = 0; t < kTile; t += S::kLanes)
     unrolled<G>([&](int g)
                     __attribute__((always_inline)) { top[g] = S::max(top[g], S::load(a.scores + g * kTile + t)); });
-  Rows<G> rows(a);
+  SoftmaxRows<G> rows(a);
   float bound[4];
   const Four raised = rows.raised_above();
   store_4(bound, a.notable > 0.0F ? lesser(rows.notable_above(a.notable), raised) : raised);
@@ -154,7 +156,7 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
   if (over != 0) {
     const uint32_t notable = raise_maxima<S, G>(a, top);
     if (notable != 0) return {false, notable};
-    rows = Rows<G>(a);
+    rows = SoftmaxRows<G>(a);
   }
   // Where every token so far is masked, scores are -inf, and so must be what 2^x is taken of.
   float base[4];
@@ -168,12 +170,12 @@ kvpack::SoftmaxResult softmax_rows(const kvpack::SoftmaxArgs& a) {
       S::store(s, p);
       sum[g] = S::add(sum[g], p);
     });
-  float mass[4];
-  S::reduce_add_4(sum[0], sum[1], sum[2], sum[3], mass);
-  rows.sum() += load_4(mass);
-  rows.pending() += load_4(mass);
+  float added[4];
+  S::reduce_add_4(sum[0], sum[1], sum[2], sum[3], added);
+  rows.sum() += load_4(added);
+  rows.pending() += load_4(added);
   rows.store(a);
-  const IntFour less = load_4(mass) <= a.negligible * rows.mass();
+  const IntFour less = load_4(added) <= a.negligible * rows.mass();
   bool negligible = true;
   for (int g = 0; g < G; ++g) negligible = negligible && less[g] != 0;
   return {negligible, 0};

@@ -23,7 +23,7 @@ struct alignas(64) QueryRow {
 constexpr int32_t kElementQueryBlock = 32;  // dims that share a scale of the query, of keys that are e4m3 floats
 
 struct SoftmaxRow {
-  float max, sum;   // running maximum (log2 units), or a little less, and sum of 2^(score - max)
+  float max, sum;   // running maximum (log2 units), or up to kRise less, and sum of 2^(score - max)
   float elsewhere;  // such a sum that other work items are known to have
   float pending;    // such a sum of the tokens that the mean of their values has yet to be added for
 };

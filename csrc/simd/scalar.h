@@ -31,7 +31,7 @@
 //   restore_order         puts lanes of all four into the order of those bytes
 //   load_first_bytes      the first n bytes, of 64; zeros behind them
 //   load_repeated<W>      W floats, over and over
-//   max_size              the larger of a number without a sign and the size of another
+//   max_size              the larger of a number without a sign and the size of another; a NaN may get lost
 //   max_bits              the larger of two numbers without a sign; a NaN is larger than any
 //   reduce_max_bits       the largest lane in that order
 //   equal_lanes           a bit for each lane where a == b

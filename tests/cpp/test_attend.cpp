@@ -168,9 +168,10 @@ TEST(head_sizes_and_groups) {
   // The vectors in flight depend on the rows of a group; head sizes need not be multiples of them.
   for (const int64_t d : kHeadDims)
     for (const int64_t group : {1, 2, 3, 4})
-      for (const auto& [key, value] : {std::pair{4, 4}, std::pair{2, 2}, std::pair{0, 0}, std::pair{1, 3},
-                                       std::pair{6, 6}, std::pair{8, 8}, std::pair{11, 11}, std::pair{12, 12},
-                                       std::pair{13, 13}, std::pair{14, 14}, std::pair{18, 18}, std::pair{19, 19}})
+      for (const auto& [key, value] :
+           {std::pair{4, 4}, std::pair{2, 2}, std::pair{0, 0}, std::pair{1, 3}, std::pair{6, 6}, std::pair{8, 8},
+            std::pair{11, 11}, std::pair{12, 12}, std::pair{13, 13}, std::pair{14, 14}, std::pair{16, 16},
+            std::pair{17, 17}, std::pair{18, 18}, std::pair{19, 19}})
         for (const Precision precision : kPrecisions) {
           if (check::slow() && (group + d / 16 + key) % 8 != (precision == Precision::high ? 0 : 4)) continue;
           Case c;

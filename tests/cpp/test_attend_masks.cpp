@@ -210,6 +210,35 @@ TEST(hidden_nan_does_not_leak) {
                         static_cast<size_t>(c.value_dim) * 4) == 0);
 }
 
+TEST(nan_shows) {
+  // A query that is NaN, or a key: the rows that meet it are NaN, whole, and no others change.
+  for (const int64_t codec : {0, 1, 5, 17})
+    for (const float softcap : {0.0F, 10.0F})
+      for (const bool of_query : {true, false}) {
+        Case c;
+        c.key_codec = c.value_codec = inputs::code_of(codec);
+        c.softcap = softcap;
+        c.query_tokens = 5;
+        c.batch = 1;
+        const check::Context context(describe(c), of_query ? " query" : " key");
+        Problem clean(c), dirty(c);
+        const std::vector<float> bad(static_cast<size_t>(c.key_dim), std::nanf(""));
+        const int64_t last = c.query_tokens - 1, group = c.query_heads / c.kv_heads;
+        store_row(bad.data(), c.dtype, static_cast<int32_t>(c.key_dim),
+                  of_query ? dirty.query.row(0, 0, last) : dirty.keys.row(0, 0, c.exact - 1));
+        const Bytes want = clean.run(), got = dirty.run();
+        for (int64_t r = 0; r < c.query_heads * c.query_tokens; ++r) {
+          const bool meets = r % c.query_tokens == last && r / c.query_tokens < (of_query ? 1 : group);
+          for (int64_t i = r * c.value_dim; i < (r + 1) * c.value_dim; ++i) {
+            float a, b;
+            std::memcpy(&a, want.data() + i * 4, 4);
+            std::memcpy(&b, got.data() + i * 4, 4);
+            CHECK(meets ? std::isnan(b) : a == b);
+          }
+        }
+      }
+}
+
 TEST(masks_hide_whatever_lies_in_a_tile) {
   // Tokens that a crop removed, and tokens behind a mask, may be as large as the format allows: no trace of them.
   for (const Precision precision : kPrecisions) {
