@@ -239,7 +239,8 @@ def attend(
         exact: E, where keys and values have room for more tokens; -1 is all of them.
 
     Returns:
-        [B, Hq, q, dv], contiguous, dtype of the query. A row with nothing to attend to gives zeros.
+        [B, Hq, q, dv], contiguous, dtype of the query. A row with nothing to attend to gives zeros; one with a score
+        that is NaN, where no mask hides it, is NaN.
     """
     call = (
         query,
