@@ -116,7 +116,9 @@ template <class S, int Largest, int Blocks, int G, bool High, class Meanwhile = 
       for (int n = 0; n < kPlanes; ++n) {
         float total[4];
         S::reduce_add_4(sum[n][0], sum[n][1], sum[n][2], sum[n][3], total);
-        for (int g = 0; g < G; ++g) to.begin[block][n][g] = -S::kValueOffset * static_cast<int32_t>(total[g]);
+        // Probabilities that are NaN have no sum; attend makes the row NaN.
+        for (int g = 0; g < G; ++g)
+          to.begin[block][n][g] = total[g] == total[g] ? -S::kValueOffset * static_cast<int32_t>(total[g]) : 0;
       }
   }
 }

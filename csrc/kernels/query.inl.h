@@ -49,8 +49,10 @@ void quantize_query(const kvpack::QuantizeQueryArgs& a) {
     quantize_dims<S>(q, dims, query_inverse(max), a.levels, sb * block, *a.row, sum);
     float step = query_step(max);
     for (int n = 0; n < a.levels; ++n, step /= 254.0F) {
-      a.row->scale[n][sb] = step;
-      a.row->offset[n][sb] = kSumsQueries<S> ? -128 * static_cast<int>(S::reduce_add(sum[n])) : 0;
+      const float total = S::reduce_add(sum[n]);  // NaN where some value is: so is the scale then
+      const bool sound = total == total;
+      a.row->scale[n][sb] = sound ? step : total;
+      a.row->offset[n][sb] = kSumsQueries<S> && sound ? -128 * static_cast<int>(total) : 0;
     }
   }
 }

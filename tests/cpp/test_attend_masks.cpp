@@ -211,8 +211,8 @@ TEST(hidden_nan_does_not_leak) {
 }
 
 TEST(nan_shows) {
-  // A query that is NaN, or a key: the rows that meet it are NaN, whole, and no others change.
-  for (const int64_t codec : {0, 1, 5, 17})
+  // A number of a query that is NaN, or of a key: the rows that meet it are NaN, whole, and no others change.
+  for (const int32_t codec : {0, 1, 2, 5, 8, 12, 15, 17})
     for (const float softcap : {0.0F, 10.0F})
       for (const bool of_query : {true, false}) {
         Case c;
@@ -222,7 +222,8 @@ TEST(nan_shows) {
         c.batch = 1;
         const check::Context context(describe(c), of_query ? " query" : " key");
         Problem clean(c), dirty(c);
-        const std::vector<float> bad(static_cast<size_t>(c.key_dim), std::nanf(""));
+        std::vector<float> bad(static_cast<size_t>(c.key_dim), 0.5F);
+        bad[3] = std::nanf("");
         const int64_t last = c.query_tokens - 1, group = c.query_heads / c.kv_heads;
         store_row(bad.data(), c.dtype, static_cast<int32_t>(c.key_dim),
                   of_query ? dirty.query.row(0, 0, last) : dirty.keys.row(0, 0, c.exact - 1));
