@@ -7,22 +7,8 @@
 
 namespace {
 
-// Dims at.. of a query row, times `inv`, -> levels of int8, and per level the sum of their vectors.
-template <class S>
-[[gnu::always_inline]] inline void quantize_dims(const float* q, int dims, float inv, int levels, int at,
-                                                 kvpack::QueryRow& row, typename S::F* sum) {
-  using F = typename S::F;
-  for (int n = 0; n < levels; ++n) sum[n] = S::zero();
-  for (int i = 0; i < dims; i += S::kLanes) {
-    F v = S::mul(S::load(q + i), S::set1(inv));
-    for (int n = 0; n < levels; ++n) {
-      const F level = S::round_even(v);
-      S::store_operand(row.operand[n] + at / 4, i, level);
-      sum[n] = S::add(sum[n], level);
-      v = S::mul(S::sub(v, level), S::set1(254.0F));
-    }
-  }
-}
+// Of a level, for the one after it.
+constexpr float kFiner = 254.0F;
 
 // The scale of the first level, and what values are multiplied with, from the largest size of a value: of a row, or of
 // four.
@@ -39,16 +25,27 @@ inline T query_inverse(T max) {
 template <class S>
 void quantize_query(const kvpack::QuantizeQueryArgs& a) {
   using namespace kvpack;
+  using F = typename S::F;
   const int block = a.scale_block == 0 ? a.head_dim : a.scale_block;
   for (int sb = 0; sb * block < a.head_dim; ++sb) {
     const int left = a.head_dim - sb * block, dims = left < block ? left : block;
     const float* q = a.query + sb * block;
-    typename S::F top = S::zero(), sum[kQueryLevels];
+    F top = S::zero(), sum[kQueryLevels];
     for (int i = 0; i < dims; i += S::kLanes) top = S::max(top, S::abs(S::load(q + i)));
     const float max = S::reduce_max(top);
-    quantize_dims<S>(q, dims, query_inverse(max), a.levels, sb * block, *a.row, sum);
+    const F inverse = S::set1(query_inverse(max));
+    for (int n = 0; n < a.levels; ++n) sum[n] = S::zero();
+    for (int i = 0; i < dims; i += S::kLanes) {
+      F v = S::mul(S::load(q + i), inverse);
+      for (int n = 0; n < a.levels; ++n) {
+        const F level = S::round_even(v);
+        S::store_operand(a.row->operand[n], sb * block + i, level);
+        sum[n] = S::add(sum[n], level);
+        v = S::mul(S::sub(v, level), S::set1(kFiner));
+      }
+    }
     float step = query_step(max);
-    for (int n = 0; n < a.levels; ++n, step /= 254.0F) {
+    for (int n = 0; n < a.levels; ++n, step /= kFiner) {
       const float total = S::reduce_add(sum[n]);  // NaN where some value is: so is the scale then
       const bool sound = total == total;
       a.row->scale[n][sb] = sound ? step : total;
@@ -118,7 +115,7 @@ template <class S, class Codec, int G, class Meanwhile>
     for (int sb = 0; sb < blocks; ++sb) {
       store_4(inverse[n][sb], query_inverse(load_4(max[n][sb])));
       Four step = query_step(load_4(max[n][sb]));
-      for (int l = 0; l < a.levels; ++l, step *= 1.0F / 254.0F) store_4(rows.scale[l][n][sb], step);
+      for (int l = 0; l < a.levels; ++l, step /= kFiner) store_4(rows.scale[l][n][sb], step);
     }
   // Levels of two rows of a block; `sum` of each adds up to the bias.
   const auto quantize_pair = [&]<int First>(std::integral_constant<int, First>, int n, int sb, int levels,
@@ -140,7 +137,7 @@ template <class S, class Codec, int G, class Meanwhile>
         for (int i = half * kVectors; i < (half + 1) * kVectors; ++i) {
           level[i] = S::round_even(v[i]);
           if constexpr (kOffset != 0.0F) sum[l][g] = S::fma(level[i], offset, sum[l][g]);
-          if (levels > 1) v[i] = S::mul(S::sub(v[i], level[i]), S::set1(254.0F));
+          if (levels > 1) v[i] = S::mul(S::sub(v[i], level[i]), S::set1(kFiner));
         }
       });
       S::template store_tile<true>(rows.operand[l][n][sb][First], level);
