@@ -3,7 +3,8 @@
     python benchmarks/attend.py                             a quarter of an hour
     python benchmarks/attend.py --levels avx512_vbmi,avx2   further levels that the processor has, one table each
     python benchmarks/attend.py --contexts 16384 --dims 128 --threads 1 --codecs exact,tq4,tcq3 --doc ""
-    python benchmarks/attend.py --queries 2,16,128,512 --contexts 4096,16384 --threads 1 --rounds 5
+    python benchmarks/attend.py --queries 2,16,128,512 --contexts 4096,16384 --dims 128 --threads 1 --rounds 5 \\
+        --codecs exact,tq4,tq3,tq2,tcq4,tcq3,tcq2,q8_0,q4_0,kivi4,fp8
 
 The last, query tokens with a mask over a packed history, goes to docs/history.md. Otherwise: decode steps of one
 layer, cold: every contender walks through copies of its data that are together larger than the processor's caches.
@@ -30,11 +31,12 @@ from kvpack import isa
 from kvpack.eval import bench
 from kvpack.eval.bench import GROUPED, MATMUL, TORCH, BenchRow, BenchShape, bench_attend
 from kvpack.eval.quality_report import write_doc
+from kvpack.spec import CACHE_CENTERS
 
 ROOT = Path(__file__).resolve().parent.parent
 STOCK = (TORCH, GROUPED, MATMUL)
-#: What `kvpack.Cache(key="tq4")` keeps.
-CENTRED = "tq4:center=tile/tq4:center=mean"
+#: What a cache of `tq4` keeps.
+CENTRED = f"tq4:center={CACHE_CENTERS['key']}/tq4:center={CACHE_CENTERS['value']}"
 
 
 def bandwidth() -> float:
