@@ -1,7 +1,7 @@
 // Trains the levels of the trellis codecs on N(0, 1) and writes them to csrc/codecs/trellis_tables.h and
 // python/kvpack/reference/trellis_tables.py. Seeded; some minutes on one core with AVX-512:
 //
-//   g++ -O3 -std=c++20 -march=native -ffp-contract=off -Icsrc tools/train_trellis.cpp -o train && ./train
+//   g++ -O3 -std=c++20 -ffp-contract=off -Icsrc tools/train_trellis.cpp -o train && ./train
 //
 // Lloyd's iteration with the encoder's own search: encode Gaussian sequences, set each level to the mean of what was
 // coded with it. Several random starts; the best one is refined on more sequences, rounded to int8 (the unit is tried

@@ -67,7 +67,7 @@ def spiky(heads: int, tokens: int, spike: float) -> tuple[Tensor, Tensor, Tensor
 def measured(sigma: float) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values with measured second moments of channels; queries whose channels are shaped as the keys'."""
     if not MOMENTS.exists():
-        pytest.skip(f"no measured second moments: kv_stats is not in {DATA} (KVPACK_DATA)")
+        pytest.skip("no measured second moments: kv_stats is not below $KVPACK_DATA")
     stored = json.loads(MOMENTS.read_text())
     layers = [stored[name] for name in sorted(name for name in stored if name.startswith("layer_"))[::8]]
     shape = {

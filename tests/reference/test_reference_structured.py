@@ -28,7 +28,7 @@ def error_of(text: str, side: str, x: np.ndarray) -> float:
 def moments() -> dict[str, np.ndarray]:
     """E[x^2] of channels, [heads, 128], keys and values of every fourth layer."""
     if not MOMENTS.exists():
-        pytest.skip(f"no measured second moments: kv_stats is not in {DATA} (KVPACK_DATA)")
+        pytest.skip("no measured second moments: kv_stats is not below $KVPACK_DATA")
     stored = json.loads(MOMENTS.read_text())
     layers = [stored[name] for name in sorted(name for name in stored if name.startswith("layer_"))[::4]]
     return {
