@@ -199,13 +199,9 @@ requires(Codec::kTrellis) struct Unpacker<S, Codec, Sd> {
     if constexpr (kBit != 7)
       index = S::template select_bits<(0xff << (7 - kBit)) & 0xff>(S::shift_left_16(here, 7 - kBit),
                                                                    S::shift_right_16(before, kBit + 1));
-    // The sign bit is tested where it is, or at the top: 512 bits have no room for the masks of many places beside the
-    // accumulators and four open units of 8 dwords, where those are not expanded first (tcq3 2 %; of the others, in
-    // place is 1 to 3 % faster).
-    constexpr int kTested = S::kLanes == 16 && kDwords == 8 && S::kExpandsFrom > kDwords ? 7 : kBit;
-    const I change = S::exclusive_or(here, before);
-    const I signs = kTested == kBit ? change : S::shift_left_16(change, 7 - kBit);
-    return S::template negate_where<kTested>(S::look_up_128(kTables == 1 || J % 2 == 0 ? even : odd, index), signs);
+    // The sign bit is tested where it is: a shift would cost more than the masks of many places.
+    return S::template negate_where<kBit>(S::look_up_128(kTables == 1 || J % 2 == 0 ? even : odd, index),
+                                          S::exclusive_or(here, before));
   }
 };
 

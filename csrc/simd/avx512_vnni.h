@@ -23,7 +23,8 @@ struct Avx512Vnni {
   static I shift_right_16(I v, int n) { return _mm512_srli_epi16(v, static_cast<unsigned>(n)); }
   template <int Mask>
   static I select_bits(I a, I b) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(Mask)), a, b, 0xCA);
+    // The mask last: it is read from memory, where GCC copies whatever comes first.
+    return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi8(static_cast<char>(Mask)), 0xE4);
   }
 
   template <int A, int B>
