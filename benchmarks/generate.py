@@ -3,13 +3,15 @@
     python benchmarks/generate.py                    half an hour
     python benchmarks/generate.py --models default --dtypes bfloat16 --codecs tq4,tcq3 --peers none
     python benchmarks/generate.py --models random --random-contexts 16384
+    python benchmarks/generate.py --models random --random-hidden 64 --random-contexts 512 --peers none
 
 The default model at 512, 2048 and 8128 tokens, and a Llama of random weights with a head size of 128 at 16384.
 Every cache decodes from the same context, round by round, in rotating order; ratios to DynamicCache are formed within
 a round, and printed with their 10th and 90th percentile. A further run of each cache under torch's profiler says where
 its time goes: in attention (for peers, taking tokens out of their cache is not in it), and in aten::cat, which is how
 dense caches grow. The last column is what `update` and the interception of attention take per layer and step, the
-operators `attend`, `append` and `encode_pages` not counted, over some more tokens.
+operators `attend`, `append` and `encode_pages` not counted, over as many more tokens as a tile has. It is least for a
+model that leaves the processor's caches to Python, such as that of the last command.
 """
 
 from __future__ import annotations
@@ -39,9 +41,8 @@ from kvpack.eval.texts import DEFAULT_TEXT, cut_windows
 from kvpack.hf import handle
 from kvpack.hf.layer import PackedLayer
 
-PYTHON_TOKENS = 32
+PYTHON_TOKENS = 64  # in which one tile is packed
 RANDOM_SIZES = {
-    "hidden_size": 2048,
     "head_dim": 128,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
@@ -129,7 +130,7 @@ def line(row: DecodeSpeed, attention: float, cat: float, python: float | None) -
 def tables(name: str, dtype: str, contexts: list[int], options: argparse.Namespace) -> Iterator[str]:
     """A heading, then a table for each context."""
     if name == RANDOM:
-        loaded = random_model(dtype, layers=2, **RANDOM_SIZES)
+        loaded = random_model(dtype, layers=2, hidden_size=options.random_hidden, **RANDOM_SIZES)
     else:
         loaded = load_model(name, dtype=dtype)
     names = [] if options.peers == "none" else options.peers.split(",")
@@ -166,6 +167,7 @@ def main() -> None:
     add("--text", default=DEFAULT_TEXT)
     add("--contexts", default="512,2048,8128")
     add("--random-contexts", default="16384", help="of the model of random weights")
+    add("--random-hidden", type=int, default=2048, help="its hidden size")
     add("--codecs", default="exact,q8_0,q4_0,tq4,tq4/tq3,tq3,tq2,tcq4,tcq3,tcq2")
     add("--peers", default="quanto int4,hqq int4,transformers fp8", help="peers, or none")
     add("--dtypes", default="float32,bfloat16")
