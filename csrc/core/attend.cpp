@@ -29,7 +29,7 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
   const Block rows(plan, k, workspace, block);
   const Transform transform(k, plan.value, plan.record.value, rows.map(Side::value));
   const auto dv = static_cast<int32_t>(p.value_dim);
-  alignas(64) float sum[(kMaxParts + 1) * kMaxHeadDim];
+  alignas(64) float sum[(kMaxParts + 1) * kMaxHeadDim], weights[kTile];
   for (int64_t r = 0; r < rows.n_rows; ++r) {
     float max = -std::numeric_limits<float>::infinity(), total = 0.0F;
     const int64_t head = rows.query_head(r);
@@ -41,15 +41,20 @@ void merge(const Plan& plan, const KernelTable& k, uint8_t* workspace, int64_t b
       broken = broken || std::isnan(row.sum);
     }
     max = std::fmax(max, sink);
-    std::memset(sum, 0, sizeof sum);
+    std::memset(sum, 0, static_cast<size_t>(plan.out_width) * 4);
     const bool any = max > -std::numeric_limits<float>::infinity();
-    for (int64_t n = 0; any && n < plan.partials(); ++n) {
-      const Partial part(plan, workspace, block, n);
-      const float weight = std::exp2(part.state[r].max - max);
-      const float* out = part.out + r * plan.out_width;
-      if (weight == 0.0F) continue;
-      total += weight * part.state[r].sum;
-      for (int32_t i = 0; i < plan.out_width; ++i) sum[i] += weight * out[i];
+    // Outputs of the ranges are values of tokens, and their weights probabilities.
+    for (int64_t first = 0, count; any && first < plan.partials(); first += count) {
+      count = std::min<int64_t>(plan.partials() - first, kTile);
+      const Partial part(plan, workspace, block, first);
+      for (int64_t n = 0; n < count; ++n) {
+        const SoftmaxRow& row = Partial(plan, workspace, block, first + n).state[r];
+        weights[n] = std::exp2(row.max - max);
+        total += weights[n] * row.sum;
+      }
+      k.dense_accumulate[static_cast<int>(Dtype::f32)](
+          {reinterpret_cast<const uint8_t*>(part.out + r * plan.out_width), static_cast<ptrdiff_t>(plan.item_bytes()),
+           nullptr, weights, nullptr, sum, plan.out_width, plan.out_width, static_cast<int32_t>(count), 1});
     }
     if (any) total += std::exp2(sink - max);
     if (plan.value.rotated && any) {

@@ -37,6 +37,16 @@ TEST(long_history_is_split_and_merged) {
   }
 }
 
+TEST(more_ranges_than_a_tile_has_tokens) {
+  // Ranges of 128 tiles, the longest that there are, and what comes before them: 66 parts to be merged.
+  if (check::slow()) return;
+  Case c;
+  c.batch = c.kv_heads = 1;
+  c.query_heads = c.query_tokens = 1;
+  c.counts.assign(64 * 128 + 1, 1);
+  check_case(c);
+}
+
 TEST(order_of_work_items_does_not_matter) {
   for (const int tiles : {3, 70})
     for (const Precision precision : kPrecisions) {
