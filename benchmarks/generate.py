@@ -41,7 +41,7 @@ from kvpack.eval.texts import DEFAULT_TEXT, cut_windows
 from kvpack.hf import handle
 from kvpack.hf.layer import PackedLayer
 
-PYTHON_TOKENS = 64  # in which one tile is packed
+PYTHON_TOKENS = ops.TILE  # in which one tile is packed
 RANDOM_SIZES = {
     "head_dim": 128,
     "num_attention_heads": 16,
